@@ -1,0 +1,339 @@
+"""model.py: CLIP's image tower turned into a dense encoder, with a light decoder on top.
+
+CLIP answers one question per image: which text fits? Its last layer pools all positions into a single vector and
+throws away where things are. Segmentation asks the question at every pixel. So the position is kept: the last
+projection is applied to every position instead of to the pooled one, and each pixel gets a vector in the space in
+which CLIP's text lives. Nothing is learnt for that and nothing is new: at native stride, CLIP's own pooling of our
+feature map gives CLIP's own answer to the last bit of float tolerance (tests/test_model.py). So pixels *start* near
+the text prototypes of their class, which is what makes alignment (align.py) a short way and not a new task.
+
+    ResNet   z = c_proj(v_proj(f)) at every position of the last feature map f: the value path of CLIP's attention pool,
+             which is what the pool would return if it attended to that position alone (without its position code)
+    ViT      z = proj(ln_post(t)) for every patch token t, where CLIP does so for the class token alone
+
+    dilation   A ResNet's last map has stride 32: a car 64 pixels wide becomes two cells. The pooling of the last stages
+             is replaced by pooling without stride, and the convolutions behind it reach twice as far. Every 2nd cell
+             of the finer map is then exactly a cell of the old one; the cells between are new, the weights are not.
+
+Shapes
+    image    (B, 3, H, W)     CLIP-normalised, H and W multiples of 32 (ResNet) or of the patch (ViT)
+    emb      (B, D, h, w)     unit norm over D; h = H / stride
+    pooled   (B, D)           unit norm: CLIP's own embedding of the whole image
+    logits   (B, K, H/4, W/4) scores of the decoder; the caller resizes them to the label
+
+Not here: text (prototypes.py), losses (align.py, train.py).
+Run `python model.py` for a demonstration in seconds.
+"""
+
+import os
+import urllib.error
+import urllib.request  # clip.load uses it after a bare `import urllib`
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+with warnings.catch_warnings():  # clip-anytorch still asks setuptools for its version parser, and setuptools complains
+    warnings.simplefilter("ignore")
+    import clip
+    from clip.model import ModifiedResNet, VisionTransformer
+
+
+class ModelError(ValueError):
+    """A CLIP that cannot be had or does not fit; the message is one sentence for the user."""
+
+
+class Dense(NamedTuple):
+    """What the network says about a batch of images; shapes as in the head of this file."""
+
+    logits: torch.Tensor
+    emb: torch.Tensor
+    pooled: torch.Tensor
+
+
+# ---------------------------------------------------------------------------------------------------- CLIP, from file
+
+
+def load_clip(name_or_path):
+    """A CLIP by name (`RN50`, `RN101`, `ViT-B/16`, ...) or from a file -> (clip.model.CLIP, one line about it).
+
+    A name goes through clip.load: downloaded once into ~/.cache/clip, its hash checked. A path may hold a TorchScript
+    archive (as OpenAI ships) or a state dict. Either way the architecture is derived from the shapes of the weights
+    and the weights are loaded strictly: one that is missing or left over is an error, never a silent random layer.
+    The result is float32 on the CPU and frozen in eval mode: CLIP's half precision gave its users years of NaN.
+    """
+    known = name_or_path in clip.available_models()
+    if not known and not os.path.isfile(name_or_path):
+        raise ModelError(f"--clip {name_or_path}: neither a file nor one of {', '.join(clip.available_models())}.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript announces its retirement at every load
+            model = clip.load(name_or_path, device="cpu")[0]
+    except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+        url = clip.clip._MODELS[name_or_path]
+        raise ModelError(f"CLIP {name_or_path} could not be downloaded ({getattr(error, 'reason', error)}): fetch {url} "
+                         f"elsewhere and put it into ~/.cache/clip, or pass its path with --clip.") from None
+    except Exception as error:  # a foreign or damaged file fails in a dozen ways; the user needs the file and the reason
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{name_or_path} is no CLIP checkpoint that can be loaded ({type(error).__name__}: {reason}); "
+                         f"it must be a TorchScript archive or a plain state dict in OpenAI's format.") from None
+    model = model.float().eval().requires_grad_(False)
+    kind = "ViT" if isinstance(model.visual, VisionTransformer) else "ResNet"
+    report = (f"CLIP {name_or_path}: {kind}, joint width {model.text_projection.shape[1]}, "
+              f"{len(model.state_dict())} tensors loaded, 0 missing, 0 left over")
+    return model, report
+
+
+def architecture(visual):
+    """The constructor arguments of CLIP's image tower as a JSON-able dict, so that a checkpoint can rebuild it."""
+    if isinstance(visual, VisionTransformer):
+        return dict(kind="vit", input_resolution=visual.input_resolution, patch_size=visual.conv1.kernel_size[0],
+                    width=visual.conv1.out_channels, layers=len(visual.transformer.resblocks),
+                    heads=visual.transformer.resblocks[0].attn.num_heads, output_dim=visual.output_dim)
+    return dict(kind="resnet", layers=[len(getattr(visual, f"layer{i}")) for i in (1, 2, 3, 4)],
+                output_dim=visual.output_dim, heads=visual.attnpool.num_heads,
+                input_resolution=visual.input_resolution, width=visual.conv3.out_channels)
+
+
+def build_visual(arch):
+    """CLIP's image tower from architecture(...), with fresh weights that a state dict is to replace."""
+    arch = dict(arch)
+    return {"vit": VisionTransformer, "resnet": ModifiedResNet}[arch.pop("kind")](**arch)
+
+
+# ------------------------------------------------------------------------------------------------------ dense encoder
+
+
+class _PoolWithoutStride(nn.Module):
+    """AvgPool2d(2), evaluated at every position of a map whose neighbours are `dilation` cells apart."""
+
+    def __init__(self, dilation):
+        super().__init__()
+        self.dilation = dilation
+
+    def forward(self, x):
+        d = self.dilation
+        x = F.pad(x, (0, d, 0, d), mode="replicate")  # the new cells at the border have no right neighbour
+        x = x[..., d:, :] + x[..., :-d, :]
+        return (x[..., d:] + x[..., :-d]) / 4
+
+
+def dilate(resnet, stride):
+    """Bring the last map of CLIP's ResNet from stride 32 to `stride` (32, 16 or 8), in place, weights untouched.
+
+    The pooling that opens a stage loses its stride, so everything behind it sees neighbours `dilation` cells away:
+    3x3 convolutions are told so. Cells on the old grid keep their exact values.
+    """
+    if stride not in (8, 16, 32):
+        raise ModelError(f"--stride {stride}: a CLIP ResNet can be read at stride 32, 16 or 8.")
+    current, dilation = 4, 1
+    for stage in (resnet.layer2, resnet.layer3, resnet.layer4):
+        current *= 2
+        removed = current > stride
+        for index, block in enumerate(stage):
+            if index == 0:
+                block.conv2.dilation = block.conv2.padding = (dilation, dilation)
+                if removed:  # the pooling comes after conv2, and again on the shortcut
+                    block.avgpool = block.downsample[0] = _PoolWithoutStride(dilation)
+                    dilation *= 2
+            else:
+                block.conv2.dilation = block.conv2.padding = (dilation, dilation)
+    return resnet
+
+
+def _resize_position(position, h, w):
+    """CLIP's learned position code (1 + g*g, C), its grid resized to h x w: images need not be 224 x 224."""
+    grid = round((len(position) - 1) ** 0.5)
+    if (h, w) == (grid, grid):
+        return position
+    code = position[1:].T.reshape(1, -1, grid, grid)
+    code = F.interpolate(code, size=(h, w), mode="bicubic", align_corners=False)
+    return torch.cat([position[:1], code.flatten(2)[0].T])
+
+
+class DenseCLIP(nn.Module):
+    """CLIP's image tower with the position kept: image -> (low, z, pooled).
+
+    low     (B, C, H/4, W/4) for a ResNet (first stage), (B, C, h, w) for a ViT (half of the blocks): edges, for the decoder
+    z       (B, D, h, w)     dense embedding, not yet normalised
+    pooled  (B, D)           what encode_image returns (for a ResNet: of the same image, at native stride)
+
+    Batch normalisation stays as CLIP left it, in train() too: its statistics come from 400 million pictures, a batch
+    of eight game frames would overwrite them with the source's colours, and model.train() is called in every loop.
+    """
+
+    def __init__(self, visual, stride=16):
+        super().__init__()
+        self.visual = visual
+        self.is_vit = isinstance(visual, VisionTransformer)
+        if self.is_vit:
+            self.stride = self.multiple = visual.conv1.kernel_size[0]  # a ViT cannot be read finer than its patches
+            self.low_channels = visual.conv1.out_channels
+        else:
+            dilate(visual, stride)
+            self.stride, self.multiple = stride, 32
+            self.low_channels = visual.layer1[-1].conv3.out_channels
+        self.dim = visual.output_dim
+        self.visual.requires_grad_(True)
+        for module in self.visual.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.requires_grad_(False)
+        if not self.is_vit:  # how CLIP pools is CLIP's: `pooled` is to be its opinion, not one more thing that drifts
+            pool = self.visual.attnpool
+            for part in (pool.q_proj, pool.k_proj):
+                part.requires_grad_(False)
+            pool.positional_embedding.requires_grad_(False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.visual.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def freeze(self, stages):
+        """Freeze the first `stages` of 5: stem and four stages of a ResNet; embedding and four quarters of a ViT's blocks.
+
+        The last projection into the joint space always stays trainable: it is the one part that was never asked to
+        work at single positions.
+        """
+        visual = self.visual
+        if self.is_vit:
+            blocks = list(visual.transformer.resblocks)
+            quarter = -(-len(blocks) // 4)
+            parts = [[visual.conv1, visual.ln_pre]] + [blocks[i * quarter:(i + 1) * quarter] for i in range(4)]
+            if stages:
+                visual.class_embedding.requires_grad_(False)
+                visual.positional_embedding.requires_grad_(False)
+        else:
+            stem = [visual.conv1, visual.conv2, visual.conv3]
+            parts = [stem, [visual.layer1], [visual.layer2], [visual.layer3], [visual.layer4]]
+        if not 0 <= stages <= len(parts):
+            raise ModelError(f"--freeze {stages}: the image tower has {len(parts)} stages, give 0 to {len(parts)}.")
+        for part in parts[:stages]:
+            for module in part:
+                module.requires_grad_(False)
+
+    def forward(self, image):
+        if image.shape[2] % self.multiple or image.shape[3] % self.multiple:
+            raise ModelError(f"image of {image.shape[2]} x {image.shape[3]} pixels: height and width must be multiples "
+                             f"of {self.multiple} for this CLIP; pad or crop it.")
+        return self._forward_vit(image) if self.is_vit else self._forward_resnet(image)
+
+    def _forward_resnet(self, image):
+        v = self.visual
+        x = v.relu1(v.bn1(v.conv1(image)))
+        x = v.relu2(v.bn2(v.conv2(x)))
+        x = v.avgpool(v.relu3(v.bn3(v.conv3(x))))
+        low = v.layer1(x)
+        feat = v.layer4(v.layer3(v.layer2(low)))  # (B, C, h, w)
+        z = feat.permute(0, 2, 3, 1)  # (B, h, w, C): a 1x1 convolution is a linear layer on the last axis
+        z = v.attnpool.c_proj(v.attnpool.v_proj(z)).permute(0, 3, 1, 2)  # (B, D, h, w)
+        step = 32 // self.stride  # the cells that CLIP itself would have computed
+        return low, z, attention_pool(v.attnpool, feat[..., ::step, ::step])
+
+    def _forward_vit(self, image):
+        v = self.visual
+        x = v.conv1(image)  # (B, C, h, w)
+        h, w = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2)  # (B, hw, C)
+        x = torch.cat([v.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        x = v.ln_pre(x + _resize_position(v.positional_embedding, h, w)).transpose(0, 1)  # (1 + hw, B, C), as CLIP has it
+        blocks = v.transformer.resblocks
+        for block in blocks[:len(blocks) // 2]:
+            x = block(x)
+        low = x[1:].permute(1, 2, 0).unflatten(2, (h, w))
+        for block in blocks[len(blocks) // 2:]:
+            x = block(x)
+        x = v.ln_post(x.transpose(0, 1)) @ v.proj  # (B, 1 + hw, D)
+        return low, x[:, 1:].transpose(1, 2).unflatten(2, (h, w)), x[:, 0]
+
+
+def attention_pool(pool, feat):
+    """CLIP's own attention pooling on a grid of any size: feat (B, C, h, w), pool = AttentionPool2d -> (B, D).
+
+    The mean of all positions asks, all positions answer. Equal to pool(feat) on the grid that CLIP was trained with;
+    on others, the position code is resized.
+    """
+    tokens = feat.flatten(2).transpose(1, 2)  # (B, hw, C)
+    tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
+    tokens = tokens + _resize_position(pool.positional_embedding, *feat.shape[2:]).to(tokens.dtype)
+
+    def heads(x):
+        return x.unflatten(2, (pool.num_heads, -1)).transpose(1, 2)  # (B, heads, tokens, C / heads)
+
+    query, key, value = heads(pool.q_proj(tokens[:, :1])), heads(pool.k_proj(tokens)), heads(pool.v_proj(tokens))
+    answer = F.scaled_dot_product_attention(query, key, value)  # (B, heads, 1, C / heads)
+    return pool.c_proj(answer.transpose(1, 2).flatten(2)).squeeze(1)
+
+
+# ------------------------------------------------------------------------------------------------ the whole network
+
+
+class SegmentationNet(nn.Module):
+    """Dense CLIP and a light decoder: image (B, 3, H, W) -> Dense(logits, emb, pooled). The same for every method.
+
+    # our reading: the abstract says nothing about the head. Ours is two-branched as in DeepLabv3+: the embedding knows
+    what, the early map knows where the edges are. Group normalisation, because it has no statistics to carry from the
+    source to a target; no dropout, because a step is to be a function of (seed, step) alone.
+    """
+
+    def __init__(self, visual, num_classes=19, stride=16, width=128):
+        super().__init__()
+        self.arch = dict(visual=architecture(visual), num_classes=num_classes, stride=stride, width=width)
+        self.encoder = DenseCLIP(visual, stride)
+
+        def block(inputs, outputs, kernel):
+            return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False),
+                                 nn.GroupNorm(min(32, outputs // 4), outputs), nn.ReLU())
+
+        self.high = block(self.encoder.dim, width, 1)
+        self.low = block(self.encoder.low_channels, width // 4, 1)
+        self.fuse = block(width + width // 4, width, 3)
+        self.classify = nn.Conv2d(width, num_classes, 1)
+
+    @classmethod
+    def from_arch(cls, arch):
+        """The network that self.arch describes, with fresh weights: for loading a checkpoint without CLIP's file."""
+        arch = dict(arch)
+        return cls(build_visual(arch.pop("visual")), **arch)
+
+    def forward(self, image):
+        low, z, pooled = self.encoder(image)
+        with torch.autocast(image.device.type, enabled=False):  # half-precision norms overflow
+            emb = F.normalize(z.float(), dim=1)
+            pooled = F.normalize(pooled.float(), dim=1)
+        size = (image.shape[2] // 4, image.shape[3] // 4)
+
+        def resize(x):
+            return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+        # The decoder reads the *normalised* embedding (times sqrt(D), so that its entries are of order 1): the length
+        # of z carries no class, but it does carry contrast and brightness, that is, the domain.
+        x = torch.cat([resize(self.high(emb * emb.shape[1] ** 0.5)), resize(self.low(low))], dim=1)
+        return Dense(self.classify(self.fuse(x)), emb, pooled)
+
+
+def _demo():
+    """A small random CLIP of each kind: our dense tower gives CLIP's own image embedding, and a map besides."""
+    torch.manual_seed(0)
+    for kind, layers, patch in (("ResNet", (1, 1, 1, 1), None), ("ViT", 2, 16)):
+        model = clip.model.CLIP(64, 64, layers, 64 if patch else 16, patch, 16, 100, 64, 1, 1).eval()
+        for name, parameter in model.visual.named_parameters():
+            if name.endswith("bn3.weight"):
+                nn.init.ones_(parameter)  # CLIP starts its residual branches at zero; then there is nothing to compare
+        image = torch.randn(2, 3, 64, 64)
+        with torch.no_grad():
+            expected = model.encode_image(image)
+            net = SegmentationNet(model.visual, stride=8).eval()
+            low, z, pooled = net.encoder(image)
+            out = net(image)
+        print(f"{kind:6s}  emb {tuple(out.emb.shape)}  logits {tuple(out.logits.shape)}  "
+              f"largest difference from encode_image {(pooled - expected).abs().max():.1e}")
+        assert torch.allclose(pooled, expected, atol=1e-4)
+
+
+if __name__ == "__main__":
+    _demo()

@@ -1,0 +1,601 @@
+"""train.py: the plain loop that composes the ideas, from source images to a table of unseen targets.
+
+    python train.py                                                              the drawn street world, minutes on a laptop
+    python train.py --source gta5 --targets cityscapes bdd mapillary             the main job, on GPUs
+    python train.py ... --method erm                                             the baseline: same network, every idea off
+    torchrun --nproc_per_node 4 train.py ...                                     the same batch, split over four processes
+    python train.py --resume runs/NAME                                           go on where it was stopped
+
+One step, in the order of the code below:
+
+    images, labels of step s            a function of (seed, s) alone                              data.py
+    logits, z, pooled = net(images)     dense CLIP and a decoder                                   model.py
+    p^V = VTP(p^O, z, pooled)           the text prototypes after a look at the images             prototypes.py, Eq. 1, 2
+    w = weights(omega(z, y, p))         what the prototypes think of each labelled pixel           reweight.py, Eq. 5, 6
+    Eq. 7   L = L_seg(w) + w_align * L_align(w) + w_vtp * L(VTP)                                   align.py, Eq. 3, 4
+
+Every mean in it is over the whole batch, whatever the number of processes and micro-batches: numerators are local,
+denominators are global, so the sum of the parts is the loss that one process would have had.
+
+No target image can be read here: before the last step only the names of their files are listed, to say early that a
+folder is missing. The network that is evaluated is the last one; there is no picking of a best one.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+
+# ------------------------------------------------------------------------------------------------------ configuration
+
+
+def option(default, help, choices=None):
+    """A field of Config: its default, its help (with symbol and equation), and the values that it may take."""
+    return field(default=default, metadata=dict(help=help, choices=choices))
+
+
+@dataclass
+class Config:
+    """Every flag of a run, one line each. None means: by preset, real or toy (PRESETS below)."""
+
+    # data
+    source: tuple[str, ...] = option(("toy-gta5",), "labelled data sets to train on, mixed in equal parts")
+    targets: tuple[str, ...] = option(None, "unseen data sets to evaluate on after the last step")
+    data_root: str = option("data", "folder that holds one folder per data set")
+    mapillary: str = option("A", "which 66-to-19 mapping Mapillary labels are read with", ("A", "B"))
+    holdout: int = option(0, "pairs withheld from each source that has no validation split, to be one")
+    harmful: float = option(None, "share of drawn source scenes with wrong regions (toy sources only)")
+    # the method
+    method: str = option("ppar", "ppar, or erm: L_seg with w = 1 alone, the baseline", ("ppar", "erm"))
+    clip: str = option(None, "CLIP by name (RN50, RN101, ViT-B/16, ...), path of a checkpoint, or toy")
+    prototypes: str = option("text", "OTP (Eq. 1), or a control: random directions, source means",
+                             ("text", "random", "source"))
+    align: str = option("progressive", "which goal when (Eq. 4): lambda's schedule",
+                        ("progressive", "reversed", "otp", "vtp", "both", "none"))
+    w_align: float = option(1.0, "weight of L_align in Eq. 7; 0: not computed")
+    w_vtp: float = option(0.2, "weight of the VTP's own loss in Eq. 7; 0: not computed")
+    tau: float = option(0.07, "temperature of Eq. 3")
+    progress_start: float = option(0.1, "fraction of the run at which lambda (Eq. 4) and ramp (Eq. 6) leave 0")
+    progress_end: float = option(0.6, "fraction of the run at which they reach 1")
+    reweight: str = option("pixel", "what gets a learning weight (Eq. 6)", ("none", "pixel", "image"))
+    reweight_per_class: bool = option(True, "means of Eq. 6 within each class, not over the batch")
+    tau_w: float = option(0.07, "temperature of the reliability, Eq. 5")
+    w_min: float = option(0.1, "least learning weight, Eq. 6")
+    text_weight: float = option(0.0, "share of the text score <z, OTP> / tau in the prediction, 0 to 1")
+    # the network and its optimiser
+    stride: int = option(None, "stride of a ResNet's dense embedding: 32, 16 or 8 (a ViT's is its patch)", (8, 16, 32))
+    freeze: int = option(None, "how many of CLIP's 5 stages stay frozen")
+    steps: int = option(None, "optimiser steps")
+    batch: int = option(None, "images a step, over all processes")
+    micro_batch: int = option(0, "images at a time in each process, gradients accumulated; 0: all at once")
+    crop: int = option(None, "side of the training crop in pixels, a multiple of 32")
+    lr: float = option(None, "learning rate of the decoder and the VTP")
+    lr_clip: float = option(0.1, "factor on it for CLIP's own weights")
+    weight_decay: float = option(0.01, "AdamW's, on matrices alone")
+    warmup: float = option(0.05, "fraction of the run over which the learning rate rises")
+    seed: int = option(0, "of initial weights, data order and augmentation")
+    # the machine
+    out: str = option(None, "run folder; default runs/METHOD-SOURCES-seedN")
+    resume: str = option(None, "run folder to go on with; its own flags are used")
+    device: str = option(None, "cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    amp: str = option(None, "bf16 autocast (losses stay fp32), fp32, or auto: bf16 where the processor has it",
+                      ("auto", "bf16", "fp32"))
+    compile: bool = option(False, "torch.compile the network")
+    workers: int = option(None, "loader processes; any number gives the same batches")
+    save_every: int = option(500, "steps between checkpoints")
+    log_every: int = option(10, "steps between rows of log.jsonl")
+    # evaluation
+    scale: float = option(1.0, "factor on the input's size at evaluation; labels keep their full size")
+    slide: int = option(0, "side of a sliding window at evaluation; 0: whole image")
+    slide_stride: int = option(0, "its stride; 0: two thirds of the window")
+    flip: bool = option(False, "average with the mirrored image at evaluation")
+
+
+PRESETS = {
+    # The nearest published recipes: crop 512, AdamW 1e-4, CLIP's own weights x 0.1, poly decay (README, "Recipes").
+    "real": dict(targets=("cityscapes", "bdd", "mapillary"), harmful=0.0, clip="RN50", stride=16, freeze=1, steps=40000,
+                 batch=8, crop=512, lr=1e-4, amp="auto", workers=8),
+    # fp32, so that a student's numbers are those of the committed table on any processor.
+    "toy": dict(targets=("toy-cityscapes", "toy-bdd", "toy-mapillary", "toy-night", "toy-fog", "toy-snow"), harmful=0.1,
+                clip="toy", stride=8, freeze=0, steps=400, batch=8, crop=96, lr=1e-3, amp="fp32", workers=2),
+}
+# What --method erm switches off. All else stays, at the same seed to the bit: data, initial weights, optimiser.
+ERM = dict(align="none", w_align=0.0, w_vtp=0.0, reweight="none", text_weight=0.0)
+# What may differ between a run and its continuation without changing a single weight.
+HARMLESS = {"device", "workers", "save_every", "log_every", "data_root"}
+
+
+class RunError(Exception):
+    """Something the user can mend; the message is one sentence."""
+
+
+def parse(arguments):
+    """Command line -> dict of the flags that were given (only those; Config knows the rest)."""
+    parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     description="Train on labelled source domains, evaluate on unseen ones.")
+    for f in dataclasses.fields(Config):
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
+        if f.default is not None:
+            shown = " ".join(f.default) if isinstance(f.default, tuple) else f.default
+            text += f" (default: {shown})"
+        if f.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif f.type == tuple[str, ...]:
+            parser.add_argument(flag, nargs="+", metavar="NAME", help=text)
+        else:
+            parser.add_argument(flag, type=f.type, choices=f.metadata["choices"], help=text,
+                                metavar=None if f.metadata["choices"] else f.type.__name__.upper())
+    given = vars(parser.parse_args(arguments))
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def configure(given):
+    """Flags given -> complete, checked Config. RunError names the flag that cannot be."""
+    config = Config(**given)
+    preset = PRESETS["toy" if all(s.startswith("toy-") for s in config.source) else "real"]
+    for name, value in preset.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+    if config.method == "erm":
+        for name, value in ERM.items():
+            if name in given and given[name] != value:
+                raise RunError(f"--method erm switches every idea off, so --{name.replace('_', '-')} {given[name]} "
+                               f"cannot be; leave one of the two away.")
+            setattr(config, name, value)
+    if config.align == "none":
+        config.w_align = 0.0
+    if config.out is None:
+        config.out = os.path.join("runs", f"{config.method}-{'-'.join(config.source)}-seed{config.seed}")
+    checks = [
+        ("steps", config.steps >= 1, "at least 1"), ("batch", config.batch >= 1, "at least 1"),
+        ("micro-batch", config.micro_batch >= 0, "at least 0"), ("workers", config.workers >= 0, "at least 0"),
+        ("crop", config.crop >= 32 and config.crop % 32 == 0, "a positive multiple of 32"),
+        ("lr", config.lr > 0, "positive"), ("lr-clip", config.lr_clip >= 0, "at least 0"),
+        ("tau", config.tau > 0, "positive"), ("tau-w", config.tau_w > 0, "positive"),
+        ("w-min", 0 <= config.w_min < 1, "in [0, 1)"), ("w-align", config.w_align >= 0, "at least 0"),
+        ("w-vtp", config.w_vtp >= 0, "at least 0"), ("text-weight", 0 <= config.text_weight <= 1, "in [0, 1]"),
+        ("harmful", 0 <= config.harmful <= 1, "in [0, 1]"), ("warmup", 0 <= config.warmup < 1, "in [0, 1)"),
+        ("progress-start", 0 <= config.progress_start < config.progress_end, "at least 0 and less than --progress-end"),
+        ("save-every", config.save_every >= 1, "at least 1"), ("log-every", config.log_every >= 1, "at least 1"),
+        ("scale", config.scale > 0, "positive"), ("slide", config.slide >= 0, "at least 0"),
+        ("slide-stride", 0 <= config.slide_stride <= max(config.slide, 0), "between 0 and --slide"),
+        ("holdout", config.holdout >= 0, "at least 0"), ("seed", config.seed >= 0, "at least 0"),
+        ("weight-decay", config.weight_decay >= 0, "at least 0"),
+    ]
+    for flag, right, rule in checks:
+        if not right:
+            raise RunError(f"--{flag} {getattr(config, flag.replace('-', '_'))} must be {rule}.")
+    return config
+
+
+if __name__ == "__main__":
+    GIVEN = parse(sys.argv[1:])  # here, before torch is imported: --help and a mistyped flag are answered at once
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import align  # noqa: E402
+import data  # noqa: E402
+import evaluate  # noqa: E402
+import model  # noqa: E402
+import prototypes  # noqa: E402
+import reweight  # noqa: E402
+
+# ----------------------------------------------------------------------------------------------------- several processes
+
+
+def setup_processes():
+    """(rank, processes, local rank) of this process: torchrun sets the variables, a plain `python` does not."""
+    if "RANK" not in os.environ:
+        return 0, 1, 0
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"])
+
+
+def sum_over_processes(x):
+    """The sum of a tensor over all processes; itself when there is one."""
+    if dist.is_initialized():
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
+# ------------------------------------------------------------------------------------------------------ network and loss
+
+
+class PPAR(nn.Module):
+    """What is trained, in one module, because DistributedDataParallel wraps one: forward(image) -> logits, emb, vtp.
+
+    otp (K, D) is a buffer: it moves with the module and is never trained. vtp is None where no loss asks for it.
+    """
+
+    def __init__(self, net, otp, vtp):
+        super().__init__()
+        self.net, self.vtp = net, vtp
+        self.register_buffer("otp", otp)
+
+    def forward(self, image):
+        out = self.net(image)
+        vtp = self.vtp(self.otp, out.emb, out.pooled) if self.vtp is not None else None
+        return out.logits, out.emb, vtp
+
+
+def uses_vtp(config):
+    """Whether any loss of this configuration needs the VTP."""
+    return config.w_vtp > 0 or (config.w_align > 0 and config.align != "otp")
+
+
+def build(config):
+    """Network and prototypes at step 0 -> (PPAR, one line about CLIP). The same initial net for every method."""
+    import toy
+
+    clip_model, report = model.load_clip(toy.CLIP_FILE if config.clip == "toy" else config.clip)
+    torch.manual_seed(config.seed)  # fixes the decoder's initial weights; the VTP comes after it and cannot move them
+    net = model.SegmentationNet(clip_model.visual, len(data.CLASSES), config.stride)
+    net.encoder.freeze(config.freeze)
+    otp = prototypes.original_text_prototypes(clip_model, data.CLASSES)
+    if config.prototypes == "random":
+        otp = prototypes.random_prototypes(*otp.shape, seed=config.seed)
+    return PPAR(net, otp, prototypes.VisualTextPrototypes(otp.shape[1]) if uses_vtp(config) else None), report
+
+
+def to_grid(label, stride):
+    """Labels at the centres of the feature cells: (B, H, W) -> (B, h, w). Nearest, because a mean of ids is no id."""
+    size = (label.shape[1] // stride, label.shape[2] // stride)
+    return F.interpolate(label[:, None].float(), size=size, mode="nearest-exact")[:, 0].long()
+
+
+def batch_reliability(emb, label, otp, vtp, tau):
+    """Eq. 5 from OTP and VTP together: the mean of what the two say."""
+    rel = reweight.reliability(emb, label, otp, tau)
+    return rel if vtp is None else (rel + reweight.reliability(emb, label, vtp, tau)) / 2
+
+
+def batch_weights(rel, label, config, ramp):
+    """Eq. 6 on the whole batch, over all processes. None stands for weight 1 everywhere."""
+    if config.reweight == "image":
+        rel = reweight.image_reliability(rel, label, sum_over_processes)
+    return reweight.learning_weights(rel, label, ramp, config.w_min, config.reweight_per_class, sum_over_processes)
+
+
+def loss_terms(logits, emb, vtp, otp, label, grid, weight, weight_grid, total, config, lam):
+    """The terms of Eq. 7 on (a part of) the batch -> dict of name -> term with its weight, as shares of the whole batch.
+
+    total: the denominators of the three terms over the whole batch. A part's mean times (its own denominator / the
+    whole one), summed over the parts, is the mean of the whole batch, whatever the parts are.
+    """
+    logits = F.interpolate(logits.float(), size=label.shape[1:], mode="bilinear", align_corners=False)
+    loss = F.cross_entropy(logits, label, ignore_index=data.VOID, reduction="none")
+    terms = {"seg": (loss if weight is None else loss * weight).sum() / total[0]}
+    labelled = (grid != data.VOID).sum()
+    if config.w_align > 0:
+        share = (labelled if weight_grid is None else weight_grid.sum()) / total[1]
+        value = align.progressive_alignment_loss(emb, grid, otp, vtp, lam, config.tau, weight_grid)
+        terms["align"] = config.w_align * share * value
+    if config.w_vtp > 0:
+        # The VTP's own, unweighted loss keeps its decoder in touch when lambda = 1.
+        terms["vtp"] = config.w_vtp * labelled / total[2] * align.alignment_loss(emb, grid, vtp, config.tau)
+    elif vtp is not None and lam == 1:
+        terms["vtp"] = 0.0 * vtp.sum()  # every parameter gets a gradient at every step: DDP waits for each of them
+    return terms
+
+
+def backward_batch(network, image, label, config, step, autocast):
+    """Forward and backward of one step -> (numbers to log, what radii() looks at); gradients stay in the parameters.
+
+    With micro-batches, Eq. 6 needs the reliabilities of the whole batch before the first loss, hence a first pass
+    without gradient. That is the price of the same numbers at any micro-batch.
+    """
+    module = getattr(network, "module", network)  # DistributedDataParallel keeps ours inside
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    ramp = align.progress(step, config.steps, config.progress_start, config.progress_end)
+    lam = align.SCHEDULES.get(config.align, align.SCHEDULES["otp"])(ramp)
+    grid = to_grid(label, module.net.encoder.stride)  # (B, h, w)
+    parts = torch.arange(len(image)).split(config.micro_batch or len(image))
+
+    def forward(part):
+        with autocast():
+            return network(image[part])
+
+    outputs = [forward(parts[0])] if len(parts) == 1 else None
+    weight, weight_grid = None, None  # stands for weight 1 everywhere
+    if config.reweight != "none" and ramp > 0:
+        with torch.no_grad():
+            seen = outputs or [forward(part) for part in parts]
+            weight, weight_grid = (
+                batch_weights(torch.cat([batch_reliability(emb, y[part], module.otp, vtp, config.tau_w)
+                                         for (_, emb, vtp), part in zip(seen, parts)]), y, config, ramp)
+                for y in (label, grid))
+
+    def mass(weight, y):  # a denominator: the weight, or the number, of the labelled pixels of this process
+        return ((y != data.VOID) if weight is None else weight).sum(dtype=torch.float64)
+
+    total = torch.stack([mass(weight, label), mass(weight_grid, grid), mass(None, grid)])
+    total = sum_over_processes(total).clamp_min(1e-8).float()
+    logged = {}
+    for part in parts:
+        last = part is parts[-1]
+        with contextlib.nullcontext() if last or processes == 1 else network.no_sync():
+            logits, emb, vtp = outputs[0] if outputs else forward(part)
+            terms = loss_terms(logits, emb, vtp, module.otp, label[part], grid[part],
+                               *((None, None) if weight is None else (weight[part], weight_grid[part])),
+                               total, config, lam)
+            (processes * sum(terms.values())).backward()  # DDP takes the mean over processes; our parts are to be summed
+        for name, value in terms.items():
+            logged[name] = logged.get(name, 0.0) + value.detach()
+    values = sum_over_processes(torch.stack(list(logged.values()))).tolist()
+    row = dict(loss=sum(values), **dict(zip(logged, values)), lam=lam, ramp=ramp)
+    return row, (emb, vtp, grid[part])
+
+
+@torch.no_grad()
+def radii(seen, otp):
+    """Mean distance of the last micro-batch's pixels to the OTP and the VTP of their class: theory.md's A, as it shrinks."""
+    emb, vtp, grid = seen
+    valid = grid != data.VOID
+    pixels, label = emb.permute(0, 2, 3, 1)[valid], grid[valid]  # (N, D), (N,)
+    image = torch.nonzero(valid)[:, 0]
+    row = dict(radius_otp=(pixels - otp[label]).norm(dim=1).mean().item()) if len(pixels) else {}
+    if vtp is not None and len(pixels):
+        row["radius_vtp"] = (pixels - vtp[image, label]).norm(dim=1).mean().item()
+    return row
+
+
+# ---------------------------------------------------------------------------------------------------------- optimiser
+
+
+def learning_rate(step, steps, warmup):
+    """Factor on the learning rate: linear warm-up, then polynomial decay of power 0.9, as the field trains. Pure."""
+    first = max(int(warmup * steps), 1)
+    return (step + 1) / first if step < first else (1 - (step - first) / max(steps - first, 1)) ** 0.9
+
+
+def make_optimizer(module, config, device):
+    """AdamW in four groups: CLIP's weights or new ones, with weight decay (matrices) or without (the rest)."""
+    groups = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            key = (name.startswith("net.encoder."), parameter.dim() > 1)
+            groups.setdefault(key, []).append(parameter)
+    return torch.optim.AdamW(
+        [dict(params=params, peak=config.lr * (config.lr_clip if is_clip else 1.0),
+              weight_decay=config.weight_decay if is_matrix else 0.0)
+         for (is_clip, is_matrix), params in sorted(groups.items())], fused=device.type == "cuda")
+
+
+def check_first_step(module, optimizer):
+    """Guards that cost nothing: what should learn got a finite gradient, what is frozen got none, nothing is left out."""
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    trainable = {id(p) for p in module.parameters() if p.requires_grad}
+    if len(held) != len(set(held)) or set(held) != trainable:
+        raise RunError("the optimiser does not hold exactly the trainable parameters, once each: a defect of make_optimizer.")
+    for name, p in module.named_parameters():
+        if p.requires_grad and (p.grad is None or not torch.isfinite(p.grad).all()):
+            raise RunError(f"parameter {name} got {'no' if p.grad is None else 'a non-finite'} gradient at the first step.")
+        if not p.requires_grad and p.grad is not None:
+            raise RunError(f"frozen parameter {name} got a gradient at the first step.")
+
+
+# --------------------------------------------------------------------------------------------------------- run folder
+
+
+def save_atomically(content, path):
+    """Write a checkpoint so that `path` is at every moment either the old one or the new one, whole."""
+    temporary = path + ".tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())  # the data must be on the disk before the name is
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise RunError(f"{path} could not be written ({' '.join(str(error).split())[:200]}): the checkpoint before it is "
+                       f"untouched; make room, then go on with --resume {os.path.dirname(path)}.") from None
+
+
+def write_json(content, path):
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+    os.replace(path + ".tmp", path)
+
+
+def describe_run(config):
+    """What somebody needs to trust or repeat a number: flags, versions, commit."""
+    import importlib.metadata as metadata
+
+    def git(*words):
+        answer = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), *words],
+                                capture_output=True, text=True, check=False)
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "numpy", "pillow", "clip-anytorch")}
+    return dict(command=" ".join(["python", *sys.argv]), config=dataclasses.asdict(config),
+                versions=dict(python=sys.version.split()[0], **versions), commit=git("rev-parse", "HEAD"),
+                changed_since_commit=bool(git("status", "--porcelain", "-uno")), threads=torch.get_num_threads())
+
+
+def prepare_folder(config, start):
+    """Make the run folder; on resume, drop the log rows of steps that will be done again."""
+    log = os.path.join(config.out, "log.jsonl")
+    if start == 0:
+        if os.path.exists(os.path.join(config.out, "run.json")) or os.path.exists(os.path.join(config.out, "last.pt")):
+            raise RunError(f"--out {config.out} holds another run: give another --out, or go on with that one by "
+                           f"--resume {config.out}.")
+        os.makedirs(config.out, exist_ok=True)
+        write_json(describe_run(config), os.path.join(config.out, "run.json"))
+    elif os.path.exists(log):
+        with open(log, encoding="utf-8") as file:
+            rows = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= start]
+        with open(log, "w", encoding="utf-8") as file:
+            file.writelines(rows)
+    return log
+
+
+# ----------------------------------------------------------------------------------------------------------- the loop
+
+
+def precision(config, device):
+    """(whether bf16 is used, autocast context). bfloat16 has float32's range: no loss scaling, and no overflow to NaN.
+
+    `auto` asks the processor; a CPU without bf16 arithmetic would emulate it, slower than float32.
+    """
+    able = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability() == "AVX512" \
+        and torch.cpu._is_avx512_bf16_supported()
+    bf16 = config.amp == "bf16" or (config.amp == "auto" and able)
+    return bf16, lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def catch_signals():
+    """SIGTERM and Ctrl-C fill the returned list instead of killing: the loop finishes its step, saves, and stops."""
+    received = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        def handle(number, frame):
+            received.append(number)
+            signal.signal(number, signal.SIG_DFL)  # the second one means it
+        signal.signal(number, handle)
+    return received
+
+
+def source_means(module, stream, config, batches=32):
+    """The prototypes that the abstract argues against: class means over source batches, in the initial CLIP's space."""
+    module.eval()
+    def pairs():
+        for s in range(batches):
+            image, label = (torch.stack(x) for x in zip(*(stream[s * config.batch + i] for i in range(config.batch))))
+            with torch.no_grad():
+                yield module.net(image).emb, to_grid(label, module.net.encoder.stride)
+    return prototypes.source_mean_prototypes(pairs(), module.otp)
+
+
+def train(config, checkpoint, rank, processes, device):
+    """Train from the checkpoint (None: from step 0) to the last step -> PPAR. Writes last.pt and log.jsonl."""
+    if config.batch % processes:
+        raise RunError(f"--batch {config.batch} cannot be split over {processes} processes: give a multiple.")
+    start = checkpoint["step"] if checkpoint else 0
+    sources = [data.list_items(name, config.data_root, "train", config.holdout, config.harmful) for name in config.source]
+    for name in config.targets:  # names alone: is the folder there? No target file is opened before the last step.
+        data.list_items(name, config.data_root, "val", config.holdout)
+    if start == 0:
+        for items in sources:
+            data.check_pairs(items, mapillary=config.mapillary)
+    module, report = build(config)
+    stream = data.TrainingStream(sources, config.crop, config.seed, config.mapillary)
+    if checkpoint:
+        module.net.load_state_dict(checkpoint["model"])
+        module.otp.copy_(checkpoint["otp"])
+        if module.vtp is not None:
+            module.vtp.load_state_dict(checkpoint["vtp"])
+    elif config.prototypes == "source":
+        module.otp.copy_(source_means(module, stream, config))
+    if rank == 0:
+        log = prepare_folder(config, start)
+        print(report)
+        print(f"source {' + '.join(f'{n} ({len(i)} images)' for n, i in zip(config.source, sources))}, method "
+              f"{config.method}, align {config.align}, reweight {config.reweight}, {processes} process(es) on {device.type}")
+
+    bf16, autocast = precision(config, device)
+    channels_last = bf16 or device.type == "cuda"  # the layout that both kinds of fast convolution read without a copy
+    module.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    optimizer = make_optimizer(module, config, device)
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    network = torch.compile(module) if config.compile else module
+    if processes > 1:
+        network = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+    network.train()
+
+    def save(step):
+        if rank == 0:
+            save_atomically(dict(model=module.net.state_dict(), vtp=module.vtp and module.vtp.state_dict(), otp=module.otp,
+                                 arch=module.net.arch, optimizer=optimizer.state_dict(), step=step,
+                                 config=dataclasses.asdict(config)), os.path.join(config.out, "last.pt"))
+
+    local = config.batch // processes  # this process's share of every batch; the union is the same for any number
+    indices = [[s * config.batch + rank * local + i for i in range(local)] for s in range(start, config.steps)]
+    loader = torch.utils.data.DataLoader(stream, batch_sampler=indices, num_workers=config.workers,
+                                         pin_memory=device.type == "cuda")
+    signals = catch_signals()
+    bar = tqdm(total=config.steps, initial=start, disable=rank > 0, desc="train", unit="step", dynamic_ncols=True)
+    began = time.perf_counter()
+    for step, (image, label) in zip(range(start, config.steps), loader):
+        image, label = image.to(device, non_blocking=True), label.to(device, non_blocking=True)
+        if channels_last:
+            image = image.contiguous(memory_format=torch.channels_last)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * learning_rate(step, config.steps, config.warmup)
+        optimizer.zero_grad(set_to_none=True)
+        row, seen = backward_batch(network, image, label, config, step, autocast)
+        for name, value in reversed(row.items()):
+            if not math.isfinite(value):
+                raise RunError(f"the loss term `{name}` is {value} at step {step + 1}: the last good checkpoint, if one was "
+                               f"written, stays in {config.out}; lower --lr, or look at the data (python data.py --check).")
+        if step == start:
+            check_first_step(module, optimizer)
+        optimizer.step()
+        done = step + 1
+        if rank == 0 and (done % config.log_every == 0 or done == config.steps):
+            row = dict(step=done, **row, **radii(seen, module.otp), lr=optimizer.param_groups[-1]["lr"],
+                       seconds=round(time.perf_counter() - began, 2))
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "seg", "align", "vtp", "lam") if k in row})
+        bar.update()
+        stopping = sum_over_processes(torch.tensor(float(len(signals)), device=device)).item() > 0
+        if done % config.save_every == 0 or done == config.steps or stopping:
+            save(done)
+        if stopping and done < config.steps:
+            bar.close()
+            raise RunError(f"stopped by a signal after step {done}, checkpoint written: go on with "
+                           f"`python train.py --resume {config.out}`.")
+    bar.close()
+    return module
+
+
+def continue_run(given):
+    """--resume RUN -> (its Config, its checkpoint). Flags that would change the result are refused."""
+    folder = given.pop("resume")
+    checkpoint = evaluate.read_checkpoint(folder)
+    config = Config(**checkpoint["config"])
+    for name, value in given.items():
+        if name not in HARMLESS and value != getattr(config, name):
+            raise RunError(f"--{name.replace('_', '-')} {value} differs from the run's own {getattr(config, name)}: a resumed "
+                           f"run keeps its flags, only {', '.join(sorted(HARMLESS))} may change; start a new run with --out.")
+        setattr(config, name, value)
+    config.out = folder
+    return config, checkpoint
+
+
+def main(given):
+    """Train, evaluate every target once, write the run folder. Errors of the user end in one sentence and exit status 1."""
+    try:
+        config, checkpoint = continue_run(given) if "resume" in given else (configure(given), None)
+        data.DATASETS  # noqa: B018
+        rank, processes, local_rank = setup_processes()
+        cuda = torch.cuda.is_available()
+        device = torch.device(config.device or (f"cuda:{local_rank}" if cuda else "cpu"))
+        if device.type == "cpu":
+            torch.use_deterministic_algorithms(True)  # same seed, same bits; a GPU is asked for speed instead
+        module = train(config, checkpoint, rank, processes, device)
+        evaluate.evaluate_targets(module, config, device, rank, processes)
+    except (RunError, data.DataError, model.ModelError, evaluate.EvaluationError) as error:
+        sys.exit(f"error: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(GIVEN)
