@@ -72,6 +72,7 @@ class Config:
     # the network and its optimiser
     stride: int = option(None, "stride of a ResNet's dense embedding: 32, 16 or 8 (a ViT's is its patch)", (8, 16, 32))
     freeze: int = option(None, "how many of CLIP's 5 stages stay frozen")
+    width: int = option(None, "channels of the decoder; the VTP's are twice as many")
     steps: int = option(None, "optimiser steps")
     batch: int = option(None, "images a step, over all processes")
     micro_batch: int = option(0, "images at a time in each process, gradients accumulated; 0: all at once")
@@ -100,11 +101,11 @@ class Config:
 
 PRESETS = {
     # The nearest published recipes: crop 512, AdamW 1e-4, CLIP's own weights x 0.1, poly decay (README, "Recipes").
-    "real": dict(targets=("cityscapes", "bdd", "mapillary"), harmful=0.0, clip="RN50", stride=16, freeze=1, steps=40000,
-                 batch=8, crop=512, lr=1e-4, amp="auto", workers=8),
+    "real": dict(targets=("cityscapes", "bdd", "mapillary"), harmful=0.0, clip="RN50", stride=16, freeze=1, width=128,
+                 steps=40000, batch=8, crop=512, lr=1e-4, amp="auto", workers=8),
     # fp32, so that a student's numbers are those of the committed table on any processor.
     "toy": dict(targets=("toy-cityscapes", "toy-bdd", "toy-mapillary", "toy-night", "toy-fog", "toy-snow"), harmful=0.1,
-                clip="toy", stride=8, freeze=0, steps=400, batch=8, crop=96, lr=1e-3, amp="fp32", workers=2),
+                clip="toy", stride=8, freeze=0, width=48, steps=400, batch=8, crop=96, lr=1e-3, amp="fp32", workers=2),
 }
 # What --method erm switches off. All else stays, at the same seed to the bit: data, initial weights, optimiser.
 ERM = dict(align="none", w_align=0.0, w_vtp=0.0, reweight="none", text_weight=0.0)
@@ -156,6 +157,7 @@ def configure(given):
     checks = [
         ("steps", config.steps >= 1, "at least 1"), ("batch", config.batch >= 1, "at least 1"),
         ("micro-batch", config.micro_batch >= 0, "at least 0"), ("workers", config.workers >= 0, "at least 0"),
+        ("width", config.width >= 8 and config.width % 8 == 0, "a positive multiple of 8"),
         ("crop", config.crop >= 32 and config.crop % 32 == 0, "a positive multiple of 32"),
         ("lr", config.lr > 0, "positive"), ("lr-clip", config.lr_clip >= 0, "at least 0"),
         ("tau", config.tau > 0, "positive"), ("tau-w", config.tau_w > 0, "positive"),
@@ -242,12 +244,13 @@ def build(config):
 
     clip_model, report = model.load_clip(toy.CLIP_FILE if config.clip == "toy" else config.clip)
     torch.manual_seed(config.seed)  # fixes the decoder's initial weights; the VTP comes after it and cannot move them
-    net = model.SegmentationNet(clip_model.visual, len(data.CLASSES), config.stride)
+    net = model.SegmentationNet(clip_model.visual, len(data.CLASSES), config.stride, config.width)
     net.encoder.freeze(config.freeze)
     otp = prototypes.original_text_prototypes(clip_model, data.CLASSES)
     if config.prototypes == "random":
         otp = prototypes.random_prototypes(*otp.shape, seed=config.seed)
-    return PPAR(net, otp, prototypes.VisualTextPrototypes(otp.shape[1]) if uses_vtp(config) else None), report
+    vtp = prototypes.VisualTextPrototypes(otp.shape[1], 2 * config.width) if uses_vtp(config) else None
+    return PPAR(net, otp, vtp), report
 
 
 def to_grid(label, stride):
@@ -582,7 +585,6 @@ def main(given):
     """Train, evaluate every target once, write the run folder. Errors of the user end in one sentence and exit status 1."""
     try:
         config, checkpoint = continue_run(given) if "resume" in given else (configure(given), None)
-        data.DATASETS  # noqa: B018
         rank, processes, local_rank = setup_processes()
         cuda = torch.cuda.is_available()
         device = torch.device(config.device or (f"cuda:{local_rank}" if cuda else "cpu"))

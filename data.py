@@ -1,0 +1,683 @@
+"""data.py: every data set of the field as pairs (image, label in the 19 train ids), cut into training views.
+
+A model for unseen domains is measured across data sets, and each of them stores the same thing in its own way: other
+folders, other ids, other file formats. One table (DATASETS) holds all of that knowledge, and files are read where the
+download left them. What leaves this file looks the same whatever went in, so any data set can be source or target.
+
+A training sample is a pure function of (seed, n), n its number in the run: no generator lives from one sample to the
+next. So any number of workers, processes or restarts sees the same samples; to resume at step s is to ask for s * batch.
+
+    view     a scale in 0.5 .. 2, then the first varied one of 10 windows of crop size; flip; colour jitter; blur
+    cheap    Decoding a PNG costs more than all else, so nothing else may touch a whole picture: the window is chosen on
+             the label and mapped back to the original pixels; that box alone is decoded, resized once and jittered.
+
+Shapes
+    image    (H, W, 3) uint8   as stored               ->  (3, crop, crop) float32, normalised as CLIP's were
+    label    (H, W) uint8      train ids, 255 = void   ->  (crop, crop) int64
+
+Not here: the drawn world behind the toy-* names (toy.py), batches (train.py), the score (evaluate.py).
+Run `python data.py` for a demonstration in seconds; `python data.py --check gta5 --data-root D` tests your own files.
+"""
+
+import argparse
+import contextlib
+import functools
+import math
+import os
+import re
+import sys
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageStat, UnidentifiedImageError
+
+try:
+    import toy
+except ModuleNotFoundError:  # this file alone, lifted elsewhere: all but the toy-* names works
+    toy = None
+# torch is imported where it is needed: `--help` and `--check` have no use for it and should not wait for it.
+
+CLASSES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
+           "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
+COLORS = np.array([(128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153),
+                   (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0),
+                   (0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32)], np.uint8)
+VOID = 255     # no class is asked of this pixel
+UNKNOWN = 254  # in a table: an id that the data set does not define
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+TOY_SCENES = {"train": 400, "val": 40}
+
+# our reading: the abstract names no augmentation; kinds and ranges are those of the nearest recipes (RobustNet, FAMix).
+SCALES = (0.5, 2.0)    # uniform
+CROP_TRIES = 10        # windows looked at until one is varied enough
+MAX_SHARE = 0.75       # of the labelled pixels, for the largest class: road alone teaches little
+JITTER = 0.4           # brightness, contrast and saturation are multiplied by 0.6 .. 1.4
+HUE = 0.1              # turns of the colour circle, either way
+BLUR = (0.5, 0.15, 1.3)  # probability, least and largest sigma in pixels
+PATIENCE = 10          # unreadable pairs in a row that training survives
+
+
+class DataError(ValueError):
+    """Something is wrong with the user's files or flags. The message is one sentence: what, where, and the remedy."""
+
+
+class SplitMissing(DataError):
+    """The split is not on disk at all, which is no fault of a data set that is only wanted for its other one."""
+
+
+# ------------------------------------------------------------------------------------------- ids: from theirs to ours
+
+
+def _table(known, ids):
+    """256 entries, raw id -> train id: known ids without a class are void, all others UNKNOWN, so that they get noticed."""
+    table = np.full(256, UNKNOWN, np.uint8)
+    table[list(known)] = VOID
+    table[list(ids)] = list(ids.values())
+    return table
+
+
+_CITYSCAPES = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14,
+               28: 15, 31: 16, 32: 17, 33: 18}
+_SYNTHIA = {1: 10, 2: 2, 3: 0, 4: 1, 5: 4, 6: 8, 7: 5, 8: 13, 9: 7, 10: 11, 11: 18, 12: 17, 15: 6, 16: 9, 17: 12, 18: 14,
+            19: 15, 20: 16, 21: 3}
+_MAPILLARY = {13: 0, 24: 0, 2: 1, 15: 1, 17: 2, 6: 3, 3: 4, 45: 5, 47: 5, 48: 6, 50: 7, 30: 8, 29: 9, 27: 10, 19: 11, 20: 12,
+              21: 12, 22: 12, 55: 13, 61: 14, 54: 15, 58: 16, 57: 17, 52: 18}
+_MAPILLARY_B = {7: 0, 8: 0, 10: 0, 14: 0, 23: 0, 9: 1, 11: 1, 44: 5, 46: 7, 49: 7}
+_CAMVID = {0: 10, 1: 2, 2: 5, 3: 0, 4: 1, 5: 8, 6: 7, 7: 4, 8: 13, 9: 11, 10: 12}
+
+TABLES = {
+    "train": _table([VOID], {c: c for c in range(19)}),
+    "gta5": _table(range(35), _CITYSCAPES),        # 34: license plate, void; in Cityscapes it is -1 and not drawn
+    "cityscapes": _table(range(34), _CITYSCAPES),  # 255 is no label id: whoever finds one reads a train-id file by mistake
+    "synthia": _table(range(23), _SYNTHIA),
+    "mapillary-A": _table(range(66), _MAPILLARY | {41: 0}),      # RobustNet, FAMix, WildNet, SHADE
+    "mapillary-B": _table(range(66), _MAPILLARY | _MAPILLARY_B),  # Rein, SoMA: their scores do not compare with A's
+    "camvid": _table(range(12), _CAMVID),
+}
+
+
+def _id_table(table, mapillary):
+    if mapillary not in ("A", "B"):
+        raise DataError(f"there is no Mapillary convention {mapillary!r}: choose A or B.")
+    return TABLES[f"mapillary-{mapillary}" if table == "mapillary" else table]
+
+
+def train_ids(raw_label, dataset, mapillary="A"):
+    """Ids as the data set stores them, any integer type -> uint8 train ids. An id outside the table is a DataError."""
+    raw, table = np.asarray(raw_label), _spec(dataset).table
+    if raw.dtype != np.uint8:
+        if table in ("gta5", "cityscapes"):
+            raw = np.where(raw == -1, 0, raw)  # license plate; like 0 (unlabeled) it is void
+        if raw.dtype.kind not in "iu" or raw.size and (raw.min() < 0 or raw.max() > 255):
+            raise DataError(f"label ids of {dataset} are integers from 0 to 255; these ({raw.dtype}) are not.")
+        raw = raw.astype(np.uint8)
+    return _look_up(raw, table, mapillary)
+
+
+def _look_up(raw, table, mapillary="A"):
+    label = _id_table(table, mapillary)[raw]
+    if (label == UNKNOWN).any():
+        ids = np.unique(raw[label == UNKNOWN]).tolist()
+        remedy = ("255 is void in train-id files, which this layout does not hold" if table in ("gta5", "cityscapes")
+                  and 255 in ids else "put the official label files in place, ids and not colours")
+        raise DataError(f"label ids {', '.join(map(str, ids[:8]))}{' ...' * (len(ids) > 8)} are not in the table "
+                        f"`{table}`: {remedy}.")
+    return label
+
+
+# ------------------------------------------------------------------------------------- folders: where pairs lie
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How a data set is stored. A layout is (images, labels): an image and its label fill every `*` with the same text.
+
+    {split} is the split's folder; a layout without it is one undivided pile. `?` in a name is anything (weather), and
+    images may end in .png, .jpg or .jpeg, whatever the layout shows.
+    """
+
+    folder: str
+    table: str              # of its labels; files named ...TrainIds.png hold train ids in any data set
+    layouts: tuple = ()     # in order of preference
+    splits: tuple = ("train", "val")
+    undivided: bool = False  # no official val split: pairs may be withheld from train to be one
+
+
+DATASETS = {
+    "gta5": Spec("gta5", "gta5", (("images/{split}/*.png", "labels/{split}/*.png"), ("images/*.png", "labels/*.png")),
+                 splits=("train", "valid"), undivided=True),
+    "synthia": Spec("synthia", "synthia", (("RGB/*.png", "GT/LABELS/*.png"),), undivided=True),
+    # labelIds come with the download, labelTrainIds are made by a script. The weather versions have image folders of their own.
+    "cityscapes": Spec("cityscapes", "cityscapes", tuple(
+        (f"leftImg8bit{weather}/{{split}}/*/*_leftImg8bit?.png", f"gtFine/{{split}}/*/*_gtFine_{kind}.png")
+        for weather in ("", "_foggy", "_rain") for kind in ("labelIds", "labelTrainIds"))),
+    "bdd": Spec("bdd100k", "train", (
+        ("images/10k/{split}/*.jpg", "labels/sem_seg/masks/{split}/*.png"),  # today's download
+        ("seg/images/{split}/*.jpg", "seg/labels/{split}/*_train_id.png"),   # the old one
+        ("images/{split}/*.jpg", "labels/{split}/*_train_id.png"),           # many papers' folders
+        ("images/{split}/*.jpg", "labels/{split}/*.png"))),
+    "mapillary": Spec("mapillary", "mapillary", (
+        ("{split}/images/*.jpg", "{split}/labels/*.png"),                    # the v1.2 zip
+        ("{split}/images/*.jpg", "{split}/v1.2/labels/*.png")),              # the v2.0 zip
+        splits=("training", "validation")),
+    "idd": Spec("idd", "train", (("leftImg8bit/{split}/*/*_leftImg8bit.png", "gtFine/{split}/*/*_gtFine_labelcsTrainIds.png"),)),
+    "acdc": Spec("acdc", "train", (("rgb_anon/*/{split}/*/*_rgb_anon.png", "gt/*/{split}/*/*_gt_labelTrainIds.png"),)),
+    "camvid": Spec("camvid", "camvid", (("{split}/*.png", "{split}annot/*.png"),)),
+} | {name: Spec("", "train") for name in (toy.DOMAINS if toy else ())}
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One pair of files. 25,000 of these take 6 MB and travel to the loader's workers."""
+
+    dataset: str
+    image: str             # a path, or "domain/split/index" of a drawn scene
+    label: str             # a path, or "" for a drawn scene, whose label comes with it
+    table: str             # how the label's ids are to be read
+    harmful: float = 0.0   # drawn scenes only: share of the training scenes with wrong regions
+
+
+def list_items(name, root, split, holdout=0, harmful=0.0):
+    """The pairs of a data set's "train" or "val" split, sorted. Opens no file, so that it answers at once.
+
+    holdout    gta5 and synthia have no val split. With holdout = N, N pairs evenly spaced over train are withheld from it
+               and are val. Evenly, as neighbouring frames are alike. It means nothing to data sets that have a val split.
+    harmful    toy-* only: see toy.py
+    """
+    items, problems = _list(name, root, split, holdout, harmful)
+    if problems:
+        raise DataError(problems[0] + f" (And {len(problems) - 1} more: --check lists them.)" * (len(problems) > 1))
+    return items
+
+
+def _list(name, root, split, holdout=0, harmful=0.0):
+    """list_items with its problems (images without label) as a list, for --check, which wants to know them all."""
+    spec = _spec(name)
+    if split not in ("train", "val"):
+        raise DataError(f"there is no split {split!r}: choose train or val.")
+    if not spec.layouts:
+        return [Item(name, f"{name}/{split}/{i}", "", "train", harmful if split == "train" else 0.0)
+                for i in range(TOY_SCENES[split])], []
+    if harmful > 0:
+        raise DataError(f"{name}: harmful scenes (--harmful {harmful}) can only be drawn: use a toy-* source, or 0.")
+    if not os.path.isdir(root):
+        raise DataError(f"the data root {root} is not a folder: give the one that holds {spec.folder}/ as --data-root.")
+    withhold = spec.undivided and (holdout or split == "val") and not _pairs(name, root, "val")
+    disk_split = "train" if withhold else split
+    items, problems = _pairs(name, root, disk_split) or _missing(name, root, disk_split)
+    if not withhold:
+        return items, problems
+    if not holdout:
+        raise SplitMissing(f"{name} has no val split on disk: give --holdout N to withhold N evenly spaced training pairs as one.")
+    held = {int((i + 0.5) * len(items) / holdout) for i in range(holdout)}
+    chosen = [item for i, item in enumerate(items) if (i in held) == (split == "val")]
+    if not chosen:
+        raise DataError(f"{name}: --holdout {holdout} of {len(items)} pairs leaves no {split} split: give a smaller number.")
+    return chosen, problems
+
+
+def _spec(name):
+    if name not in DATASETS:
+        raise DataError(f"there is no data set {name!r}: choose from {', '.join(DATASETS)}.")
+    return DATASETS[name]
+
+
+def _patterns(name, root, split):
+    spec = DATASETS[name]
+    for layout in spec.layouts:
+        if "{split}" in layout[0] or split == "train" or not spec.undivided:
+            yield [[os.path.join(root, spec.folder), *part.format(split=spec.splits[split == "val"]).split("/")]
+                   for part in layout]
+
+
+def _pairs(name, root, split):
+    """(items, problems) from the first layout that has both images and labels on disk, or None."""
+    for images, labels in _patterns(name, root, split):
+        found = sorted(_walk(*images), key=lambda entry: entry[1])
+        label_of = dict(_walk(*labels)) if found else {}
+        if label_of:
+            table = "train" if labels[-1].endswith("TrainIds.png") else DATASETS[name].table
+            items = [Item(name, path, label_of[key], table) for key, path in found if key in label_of]
+            return items, [f"{path} has no label: looked for {_fill(labels, key)}; fetch it or remove the image."
+                           for path, key in ((path, key) for key, path in found) if key not in label_of]
+    return None
+
+
+def _walk(folder, first, *rest):
+    """(key, path) of the files that match, key = what stands for the `*`s. A folder is listed once and no file is asked
+    for anything, which over a network would take minutes."""
+    if "*" not in first:
+        yield from _walk(os.path.join(folder, first), *rest)
+        return
+    name, end = os.path.splitext(first)
+    name = re.escape(name).replace(r"\*", r"([^.].*)").replace(r"\?", ".*")  # not ._x.png, which a Mac leaves behind
+    match = re.compile(name + (r"\.(?:png|jpg|jpeg)" if end in (".png", ".jpg") else re.escape(end)), re.IGNORECASE).fullmatch
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                hit = match(entry.name)
+                if hit and rest:
+                    yield from ((hit.groups() + key, path) for key, path in _walk(entry.path, *rest))
+                elif hit:
+                    yield hit.groups(), entry.path
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise DataError(f"{folder} cannot be listed ({error.strerror}): see to its permissions or its disk.") from None
+
+
+def _fill(pattern, key):
+    path = os.path.join(*pattern).replace("?", "")
+    for part in key:
+        path = path.replace("*", part, 1)
+    return path
+
+
+def _missing(name, root, split):
+    """Say what was looked for and what should be there. No folder may be silently empty."""
+    places = list(_patterns(name, root, split))[:4]  # Cityscapes' weather folders are left unsaid
+    unlabelled = [labels for images, labels in places if next(_walk(*images), None)]
+    looked = unlabelled or [images for images, _ in places]
+    what = f"has {'images but no label' if unlabelled else 'no images'}"
+    raise (DataError if unlabelled else SplitMissing)(
+        f"the {split} split of {name} {what}: looked for {' and '.join(dict.fromkeys(_fill(p, ()) for p in looked))}; "
+        "expected tree (the same text for each *):\n" + "\n or\n".join(f"  {_fill(i, ())}\n  {_fill(l, ())}" for i, l in places))
+
+
+# ------------------------------------------------------------------------------------------- files: from disk to arrays
+
+
+def load_image(item):
+    """(H, W, 3) uint8, whatever mode it is stored in. EXIF rotation is not applied: labels lie over the pixels as stored."""
+    return np.array(_open_image(item))
+
+
+def load_label(item, mapillary="A"):
+    """(H, W) uint8 train ids."""
+    return _ids(item, np.asarray(_open_label(item)), mapillary)
+
+
+def to_tensor(image):
+    """(H, W, 3) uint8 -> (3, H, W) float32, normalised as CLIP's training images were."""
+    import torch
+    mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    return torch.from_numpy(image.transpose(2, 0, 1).copy()).float().sub_(mean).div_(std)
+
+
+@functools.lru_cache(maxsize=512)
+def _scene(domain, split, index, harmful):
+    return [Image.fromarray(array) for array in toy.draw(domain, split, index, harmful=harmful)[:2]]
+
+
+def _drawn(item):
+    domain, split, index = item.image.split("/")
+    return _scene(domain, split, int(index), item.harmful)
+
+
+def _open_image(item, rows=None):
+    """The picture in RGB. With rows, no more of a PNG than its first rows: it is a stream, packed from top to bottom."""
+    if not item.label:
+        return _drawn(item)[0]
+    with _reading(item.image) as image:
+        if rows and image.format == "PNG" and not image.info.get("interlace"):
+            _change_tile(image, height=min(rows, image.height))
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _open_label(item):
+    """The raw ids as an 8-bit picture of one channel. P mode keeps its indices: colours are never looked at."""
+    if not item.label:
+        return _drawn(item)[1]
+    with _reading(item.label) as label:
+        if item.table == "synthia" and label.tile[0][3] == "RGB;16B":
+            # SYNTHIA packs (class, instance) in 16 bits per channel, high byte first. Pillow keeps the high byte of each, and
+            # every class becomes 0. Read as low byte first, it keeps the other byte, and no class is above 255.
+            _change_tile(label, raw_mode="RGB;16L")
+        label.load()
+        if item.table == "synthia" and label.mode == "RGB":
+            label = label.getchannel("R")
+        if label.mode not in ("L", "P"):
+            raise DataError(f"{item.label} is stored as {label.mode} and not as ids in one 8-bit channel: use the official "
+                            f"{item.dataset} label files.")
+        return label
+
+
+@contextlib.contextmanager
+def _reading(path):
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # a broken file makes Pillow raise anything from SyntaxError to struct.error
+        reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else str(error).rstrip(".")
+        raise DataError(f"{path} cannot be read ({reason}): fetch it again or remove the pair.") from None
+
+
+def _change_tile(image, raw_mode=None, height=None):
+    """Tell Pillow, before it decodes, how samples are packed or after how many rows to stop."""
+    codec, (left, top, right, bottom), offset, stored = image.tile[0]
+    image.tile = [(codec, (left, top, right, height or bottom), offset, raw_mode or stored)]
+
+
+def _ids(item, raw, mapillary="A"):
+    try:
+        return _look_up(raw, item.table, mapillary)
+    except DataError as error:
+        raise DataError(f"{item.label}: {error}") from None
+
+
+def _same_size(item, image, label):
+    if image.size != label.size:
+        raise DataError(f"{item.label} is {label.width}x{label.height} but its image {item.image} is {image.width}x"
+                        f"{image.height}: fetch the pair again or remove it.")
+
+
+def check_pairs(items, sample=32, mapillary="A"):
+    """Open pairs in full, evenly spaced over the list (all of a small one), so that what is wrong is found before step 0.
+
+    Training starts without a scan of everything, as 25,000 pairs take most of an hour; `--check` is that scan.
+    """
+    count = min(sample, len(items))
+    for i in range(count):
+        _examine(items[(2 * i + 1) * len(items) // (2 * count)])
+
+
+def _examine(item):
+    """Read a pair in full -> ((width, height), how often each raw id occurs (256)). DataError for anything wrong with it."""
+    image, label = _open_image(item), _open_label(item)
+    _same_size(item, image, label)
+    count = np.array(label.histogram()[:256])
+    _ids(item, np.flatnonzero(count).astype(np.uint8))
+    return image.size, count
+
+
+# ------------------------------------------------------------------------------------------- views: from files to samples
+
+
+def random_view(size, crop, scale, rng):
+    """A window of crop (h, w) somewhere on a picture of size (w, h) after scaling.
+
+    -> box      what the window shows, in the *original* picture's coordinates (left, top, right, bottom), not rounded
+       patch    (w, h) of the box when scaled; smaller than the crop where the scaled picture is
+       offset   (x, y) of the patch in the crop; the rest is padding. Its place is random too, for a network that always saw
+                padding at the bottom would learn what the bottom means.
+    """
+    (width, height), (crop_h, crop_w) = size, crop
+    scaled_w, scaled_h = max(1, round(width * scale)), max(1, round(height * scale))
+    x, y = (int(rng.integers(min(0, room), max(0, room) + 1)) for room in (scaled_w - crop_w, scaled_h - crop_h))
+    x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + crop_w, scaled_w), min(y + crop_h, scaled_h)
+    to_w, to_h = width / scaled_w, height / scaled_h
+    return (x0 * to_w, y0 * to_h, x1 * to_w, y1 * to_h), (x1 - x0, y1 - y0), (x0 - x, y0 - y)
+
+
+def varied_view(label, table, crop, scale, rng):
+    """The first of CROP_TRIES windows in which no class has more than MAX_SHARE, else the most varied -> (view, patch).
+
+    Only the label is looked at. Its raw ids are counted and the 256 counts folded by the table: cheaper at every try
+    than translating the pixels. A window without any label is the worst of all.
+    """
+    best = None
+    for _ in range(CROP_TRIES):
+        view = random_view(label.size, crop, scale, rng)
+        patch = label.resize(view[1], Image.NEAREST, box=view[0])  # nearest: ids have no mean
+        count = np.bincount(table, weights=patch.histogram()[:256], minlength=256)[:len(CLASSES)]
+        share = count.max() / count.sum() if count.any() else math.inf
+        if best is None or share < best[0]:
+            best = share, view, patch
+        if share <= MAX_SHARE:
+            break
+    return best[1:]
+
+
+def colour_jitter(image, rng):
+    """Brightness b, contrast c, saturation S and hue R (a turn about the grey axis) are all linear, so they are one pass:
+
+        x' = c b R S x + (1 - c) b m,   m the mean grey of the picture       (S and R leave grey as it is)
+    """
+    b, c, s = rng.uniform(1 - JITTER, 1 + JITTER, 3)
+    turn = 2 * math.pi * rng.uniform(-HUE, HUE)
+    grey = np.array([0.299, 0.587, 0.114])
+    saturation = s * np.eye(3) + (1 - s) * grey  # every row of the second term is `grey`
+    cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+    hue = math.cos(turn) * np.eye(3) + math.sin(turn) * cross + (1 - math.cos(turn)) / 3  # Rodrigues' formula
+    matrix = np.empty((3, 4))
+    matrix[:, :3] = c * b * hue @ saturation
+    matrix[:, 3] = (1 - c) * b * grey @ ImageStat.Stat(image).mean
+    return image.convert("RGB", matrix.ravel().tolist())
+
+
+def gaussian_blur(image, rng):
+    chance, least, largest = BLUR
+    sigma = rng.uniform(least, largest)
+    return image.filter(ImageFilter.GaussianBlur(sigma)) if rng.random() < chance else image
+
+
+def training_view(item, crop, rng, mapillary="A", augment=True):
+    """One pair as a random view: (image (h, w, 3) uint8, label (h, w) uint8 train ids), crop = (h, w)."""
+    label = _open_label(item)
+    scale = rng.uniform(*SCALES) if augment else 1.0
+    (box, size, offset), patch = varied_view(label, _id_table(item.table, mapillary), crop, scale, rng)
+    reach = max(1.0, 1 / scale)  # a bilinear pixel looks this far beyond the box
+    image = _open_image(item, rows=math.ceil(box[3] + reach) + 1)
+    _same_size(item, image, label)
+    image, label = image.resize(size, Image.BILINEAR, box=box), _ids(item, np.asarray(patch), mapillary)
+    if augment:
+        if rng.random() < 0.5:
+            image, label = image.transpose(Image.FLIP_LEFT_RIGHT), label[:, ::-1]
+            offset = crop[1] - size[0] - offset[0], offset[1]
+        image = gaussian_blur(colour_jitter(image, rng), rng)
+    x, y = offset
+    canvas = np.empty((*crop, 3), np.uint8)
+    canvas[:] = np.round(255 * np.array(CLIP_MEAN))  # zero after normalisation: padding says nothing
+    canvas[y:y + size[1], x:x + size[0]] = image
+    padded = np.full(crop, VOID, np.uint8)
+    padded[y:y + size[1], x:x + size[0]] = label
+    return canvas, padded
+
+
+class TrainingStream:
+    """Samples without end. Sample n comes from source n mod S, so sources are mixed in equal parts, whatever their size;
+    within a source the pairs come in a new random order each epoch. It has __getitem__ and __len__, which is all that a
+    DataLoader asks of a data set.
+
+    A bad file met in training: the next pair of the order takes its place, and one warning names the file. A run of days
+    must not die in hour ten of one broken file among 25,000, one view more of another picture changes nothing, and it is
+    decided by the file alone, so the sample is still a function of (seed, n). Evaluation is another matter: there a skipped
+    file changes the score, and it refuses. When PATIENCE pairs in a row fail, it is not the files, and training stops.
+    """
+
+    def __init__(self, sources, crop, seed, mapillary="A", augment=True):
+        import torch
+        if not sources or not all(sources):
+            raise DataError("a training stream needs at least one source, and every source at least one pair.")
+        self.sources, self.seed, self.mapillary, self.augment = sources, seed, mapillary, augment
+        self.crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
+        if min(self.crop) < 1 or seed < 0:
+            raise DataError(f"crop {crop} and seed {seed}: the crop has to be at least 1 pixel, the seed at least 0.")
+        _id_table("mapillary", mapillary)  # a wrong convention is refused here and not in hour two
+        self._order = {}  # source -> (epoch, its permutation), only to save time
+        self._named = torch.zeros(len(self), dtype=torch.uint8).share_memory_()  # shared by the workers: one warning per file
+
+    def __len__(self):
+        """Pairs in all sources. n may be any number from 0 on."""
+        return sum(map(len, self.sources))
+
+    def locate(self, n, skip=0):
+        """(source, index in its list) of sample n, or of the pair `skip` places further on in the order."""
+        turn, source = divmod(n, len(self.sources))
+        epoch, place = divmod(turn + skip, len(self.sources[source]))
+        if self._order.get(source, (None,))[0] != epoch:
+            # [seed, 0, ...] here, [seed, 1, ...] for views: numpy pads its keys with zeros, so [seed, n] alone would collide
+            rng = np.random.default_rng([self.seed, 0, source, epoch])
+            self._order[source] = epoch, rng.permutation(len(self.sources[source]))
+        return source, int(self._order[source][1][place])
+
+    def __getitem__(self, n):
+        import torch
+        for skip in range(PATIENCE):
+            source, index = self.locate(n, skip)
+            item, rng = self.sources[source][index], np.random.default_rng([self.seed, 1, n])
+            try:
+                image, label = training_view(item, self.crop, rng, self.mapillary, self.augment)
+                return to_tensor(image), torch.from_numpy(label.astype(np.int64))
+            except DataError as problem:
+                number = sum(map(len, self.sources[:source])) + index
+                if not self._named[number]:
+                    self._named[number] = 1
+                    warnings.warn(f"left out in training, another pair takes its place: {problem}", stacklevel=2)
+                last = problem
+        raise DataError(f"{PATIENCE} training pairs in a row are bad (is the disk still there?), the last one: {last}")
+
+
+# ------------------------------------------------------------------------------------- python data.py --check
+
+
+def check(names, root, mapillary="A", mosaic=None, workers=None):
+    """Read every pair of the data sets, print what is there and what is wrong -> the problems, one sentence each."""
+    problems, rows = [], []
+    for name in names:
+        absent = []
+        for split in ("train", "val"):
+            try:
+                items, found = _list(name, root, split)
+            except SplitMissing as error:
+                absent.append(str(error))
+                continue
+            except DataError as error:
+                found, items = [str(error)], []
+            sizes, count, bad = _scan(items, f"{name} {split}", workers)
+            _print_report(name, split, items, sizes, count, mapillary)
+            for problem in found + bad:
+                print("  PROBLEM " + problem)
+            problems += found + bad
+            rows.append((f"{name} {split}", items))
+        if len(absent) == 2:  # one is enough: a target needs no train split, a source no val split
+            print(f"\n{name}\n  PROBLEM {absent[0]}")
+            problems.append(absent[0])
+    if mosaic and rows:
+        _save_mosaic(rows, mosaic, mapillary)
+        print(f"\n{mosaic} shows a few pairs with their labels drawn over: look whether they fit.")
+    print(f"\n{len(problems)} problem(s). The first: {problems[0]}" if problems else "\nall well.")
+    return problems
+
+
+def _scan(items, title, workers):
+    """Examine all pairs in parallel -> ({size: pairs}, {table: 256 counts of raw ids}, [problems])."""
+    from concurrent.futures import ProcessPoolExecutor
+
+    from tqdm import tqdm
+    sizes, count, bad = {}, {}, []
+    if items:
+        with ProcessPoolExecutor(min(workers or os.cpu_count(), len(items))) as pool:
+            results = pool.map(_try_examine, items, chunksize=min(16, 1 + len(items) // 16))
+            for item, result in zip(items, tqdm(results, title, len(items), unit="pair", dynamic_ncols=True)):
+                if isinstance(result, str):
+                    bad.append(result)
+                else:
+                    sizes[result[0]] = sizes.get(result[0], 0) + 1
+                    count[item.table] = count.get(item.table, 0) + result[1]
+    return sizes, count, bad
+
+
+def _try_examine(item):
+    try:
+        return _examine(item)
+    except DataError as error:
+        return str(error)
+
+
+def _print_report(name, split, items, sizes, count, mapillary):
+    print(f"\n{name} {split}: {len(items)} pairs")
+    if not count:
+        return
+    common = sorted(sizes, key=sizes.get, reverse=True)
+    print("  sizes  " + ", ".join(f"{w}x{h} ({sizes[w, h]})" for w, h in common[:5]) + " ..." * (len(common) > 5))
+    pixels = sum(np.bincount(_id_table(table, mapillary), raw, 256) for table, raw in count.items())
+    share = dict(zip((*CLASSES, "void"), 100 * pixels[[*range(len(CLASSES)), VOID]] / pixels.sum()))
+    print("  ids    " + "; ".join(f"{' '.join(map(str, np.flatnonzero(raw)))} (of `{t}`)" for t, raw in count.items()))
+    print("  share  " + ", ".join(f"{c} {p:.2f} %" for c, p in share.items() if p))
+    print("  absent " + (", ".join(c for c, p in share.items() if not p) or "none"))
+
+
+def _save_mosaic(rows, path, mapillary, columns=6, height=160):
+    """A line of evenly spaced pairs per row (title, items), class colours drawn over by half, void left as it is."""
+    picture = Image.new("RGB", (columns * 2 * height, len(rows) * (height + 16)), "white")
+    colors = np.zeros((256, 3), np.uint8)
+    colors[:len(COLORS)] = COLORS
+    for y, (title, items) in zip(range(0, picture.height, height + 16), rows):
+        ImageDraw.Draw(picture).text((4, y + 2), title, fill="black")
+        x, step = 0, max(1, len(items) // columns)
+        for item in items[step // 2::step][:columns]:
+            try:
+                _examine(item)
+            except DataError:
+                continue  # named in the report
+            image, label = load_image(item), load_label(item, mapillary)
+            image = np.where((label == VOID)[..., None], image, image // 2 + colors[label] // 2)
+            tile = Image.fromarray(image)
+            tile.thumbnail((2 * height - 4, height))
+            picture.paste(tile, (x, y + 16))
+            x += tile.width + 4
+    try:
+        picture.save(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"the mosaic {path} cannot be written ({error}): name a .png in a folder that exists.") from None
+
+
+def _demo():
+    """Pictures painted in the colours of their own classes, so that every view can be checked: they must agree."""
+    import tempfile
+    rng, raw_id = np.random.default_rng(0), {train: raw for raw, train in _CITYSCAPES.items()}
+    with tempfile.TemporaryDirectory() as root:
+        for part in ("images", "labels"):
+            os.makedirs(os.path.join(root, "gta5", part))
+        for i in range(4):
+            classes = rng.integers(0, 19, (6, 8)).repeat(20, 0).repeat(20, 1)
+            ids = np.vectorize(raw_id.get)(classes).astype(np.uint8)
+            Image.fromarray(COLORS[classes]).save(os.path.join(root, "gta5", "images", f"{i:05d}.png"))
+            Image.fromarray(ids).save(os.path.join(root, "gta5", "labels", f"{i:05d}.png"))
+        items = list_items("gta5", root, "train")
+        print(f"{len(items)} pairs read in place in the layout of {items[0].dataset}, label ids {np.unique(ids)[:5]} ...")
+
+        image, label = training_view(items[0], (200, 100), np.random.default_rng(0), augment=False)
+        nearest = np.abs(image[:, :, None].astype(int) - COLORS).sum(-1).argmin(-1)
+        agree = (nearest == label)[label != VOID].mean()
+        print(f"a 200x100 window of a 120x160 picture: {(label == VOID).mean():.0%} is padding, on the rest colour and label "
+              f"agree by {agree:.0%}")
+        stream, again = TrainingStream([items], 64, seed=1), TrainingStream([items], 64, seed=1)
+        late = [again[n] for n in (70, 3)]
+        same = all((stream[n][part] == late[k][part]).all() for n, k in ((3, 1), (70, 0)) for part in (0, 1))
+        print(f"samples 3 and 70, asked for in another order of another stream, are the same bits: {bool(same)}")
+    if toy:
+        item = list_items("toy-bdd", None, "val")[0]
+        print(f"{item.image} is drawn: {load_image(item).shape}, {len(np.unique(load_label(item)))} ids")
+    assert agree == 1 and same
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--check", nargs="+", metavar="NAME", help=f"data sets to read in full: {', '.join(DATASETS)}")
+    parser.add_argument("--data-root", default="data", help="folder that holds one folder per data set (default: data)")
+    parser.add_argument("--mapillary", default="A", choices=("A", "B"), help="66-to-19 mapping (default: A)")
+    parser.add_argument("--mosaic", metavar="FILE.png", help="draw a few pairs, labels over images")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    given = parser.parse_args()
+    if not given.check:
+        return _demo()
+    if given.workers is not None and given.workers < 1:
+        parser.error("--workers has to be at least 1")
+    for name in given.check:
+        if name not in DATASETS:
+            parser.error(f"--check: {_unknown(name)}")
+    try:
+        sys.exit(1 if check(given.check, given.data_root, given.mapillary, given.mosaic, given.workers) else 0)
+    except DataError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
