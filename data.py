@@ -5,7 +5,7 @@ folders, other ids, other file formats. One table (DATASETS) holds all of that k
 download left them. What leaves this file looks the same whatever went in, so any data set can be source or target.
 
 A training sample is a pure function of (seed, n), n its number in the run: no generator lives from one sample to the
-next. So any number of workers, processes or restarts sees the same samples; to resume at step s is to ask for s * batch.
+next. So any number of workers, processes or restarts sees the same samples, and resuming is asking for a later n.
 
     view     a scale in 0.5 .. 2, then the first varied one of 10 windows of crop size; flip; colour jitter; blur
     cheap    Decoding a PNG costs more than all else, so nothing else may touch a whole picture: the window is chosen on
@@ -38,25 +38,27 @@ except ModuleNotFoundError:  # this file alone, lifted elsewhere: all but the to
     toy = None
 # torch is imported where it is needed: `--help` and `--check` have no use for it and should not wait for it.
 
-CLASSES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
-           "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
-COLORS = np.array([(128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153),
-                   (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0),
-                   (0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32)], np.uint8)
+CLASSES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
+           "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
+COLORS = np.array([
+    (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30),
+    (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70),
+    (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32)], np.uint8)
 VOID = 255     # no class is asked of this pixel
 UNKNOWN = 254  # in a table: an id that the data set does not define
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGE_ENDS = ("png", "jpg", "jpeg", "PNG", "JPG", "JPEG")
 TOY_SCENES = {"train": 400, "val": 40}
 
 # our reading: the abstract names no augmentation; kinds and ranges are those of the nearest recipes (RobustNet, FAMix).
-SCALES = (0.5, 2.0)    # uniform
-CROP_TRIES = 10        # windows looked at until one is varied enough
-MAX_SHARE = 0.75       # of the labelled pixels, for the largest class: road alone teaches little
-JITTER = 0.4           # brightness, contrast and saturation are multiplied by 0.6 .. 1.4
-HUE = 0.1              # turns of the colour circle, either way
+SCALES = (0.5, 2.0)      # uniform
+CROP_TRIES = 10          # windows looked at until one is varied enough
+MAX_SHARE = 0.75         # of the labelled pixels, for the largest class: road alone teaches little
+JITTER = 0.4             # brightness, contrast and saturation are multiplied by 0.6 .. 1.4
+HUE = 0.1                # turns of the colour circle, either way
 BLUR = (0.5, 0.15, 1.3)  # probability, least and largest sigma in pixels
-PATIENCE = 10          # unreadable pairs in a row that training survives
+PATIENCE = 10            # bad pairs in a row that training survives
 
 
 class DataError(ValueError):
@@ -67,32 +69,32 @@ class SplitMissing(DataError):
     """The split is not on disk at all, which is no fault of a data set that is only wanted for its other one."""
 
 
-# ------------------------------------------------------------------------------------------- ids: from theirs to ours
+# --------------------------------------------------------------------------------------------- ids: from theirs to ours
 
 
 def _table(known, ids):
-    """256 entries, raw id -> train id: known ids without a class are void, all others UNKNOWN, so that they get noticed."""
+    """256 entries, raw id -> train id: known ids without a class are void, others UNKNOWN, so that they get noticed."""
     table = np.full(256, UNKNOWN, np.uint8)
     table[list(known)] = VOID
     table[list(ids)] = list(ids.values())
     return table
 
 
-_CITYSCAPES = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14,
-               28: 15, 31: 16, 32: 17, 33: 18}
-_SYNTHIA = {1: 10, 2: 2, 3: 0, 4: 1, 5: 4, 6: 8, 7: 5, 8: 13, 9: 7, 10: 11, 11: 18, 12: 17, 15: 6, 16: 9, 17: 12, 18: 14,
-            19: 15, 20: 16, 21: 3}
-_MAPILLARY = {13: 0, 24: 0, 2: 1, 15: 1, 17: 2, 6: 3, 3: 4, 45: 5, 47: 5, 48: 6, 50: 7, 30: 8, 29: 9, 27: 10, 19: 11, 20: 12,
-              21: 12, 22: 12, 55: 13, 61: 14, 54: 15, 58: 16, 57: 17, 52: 18}
+_CITYSCAPES = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13,
+               27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
+_SYNTHIA = {1: 10, 2: 2, 3: 0, 4: 1, 5: 4, 6: 8, 7: 5, 8: 13, 9: 7, 10: 11, 11: 18, 12: 17, 15: 6, 16: 9, 17: 12,
+            18: 14, 19: 15, 20: 16, 21: 3}
+_MAPILLARY = {13: 0, 24: 0, 2: 1, 15: 1, 17: 2, 6: 3, 3: 4, 45: 5, 47: 5, 48: 6, 50: 7, 30: 8, 29: 9, 27: 10, 19: 11,
+              20: 12, 21: 12, 22: 12, 55: 13, 61: 14, 54: 15, 58: 16, 57: 17, 52: 18}
 _MAPILLARY_B = {7: 0, 8: 0, 10: 0, 14: 0, 23: 0, 9: 1, 11: 1, 44: 5, 46: 7, 49: 7}
 _CAMVID = {0: 10, 1: 2, 2: 5, 3: 0, 4: 1, 5: 8, 6: 7, 7: 4, 8: 13, 9: 11, 10: 12}
 
 TABLES = {
     "train": _table([VOID], {c: c for c in range(19)}),
     "gta5": _table(range(35), _CITYSCAPES),        # 34: license plate, void; in Cityscapes it is -1 and not drawn
-    "cityscapes": _table(range(34), _CITYSCAPES),  # 255 is no label id: whoever finds one reads a train-id file by mistake
+    "cityscapes": _table(range(34), _CITYSCAPES),  # 255 is no label id: a file that has it holds train ids
     "synthia": _table(range(23), _SYNTHIA),
-    "mapillary-A": _table(range(66), _MAPILLARY | {41: 0}),      # RobustNet, FAMix, WildNet, SHADE
+    "mapillary-A": _table(range(66), _MAPILLARY | {41: 0}),       # RobustNet, FAMix, WildNet, SHADE
     "mapillary-B": _table(range(66), _MAPILLARY | _MAPILLARY_B),  # Rein, SoMA: their scores do not compare with A's
     "camvid": _table(range(12), _CAMVID),
 }
@@ -120,14 +122,12 @@ def _look_up(raw, table, mapillary="A"):
     label = _id_table(table, mapillary)[raw]
     if (label == UNKNOWN).any():
         ids = np.unique(raw[label == UNKNOWN]).tolist()
-        remedy = ("255 is void in train-id files, which this layout does not hold" if table in ("gta5", "cityscapes")
-                  and 255 in ids else "put the official label files in place, ids and not colours")
-        raise DataError(f"label ids {', '.join(map(str, ids[:8]))}{' ...' * (len(ids) > 8)} are not in the table "
-                        f"`{table}`: {remedy}.")
+        raise DataError(f"ids {', '.join(map(str, ids[:8]))}{' ...' * (len(ids) > 8)} are not in the table `{table}`: use "
+                        "the official label files (ids, neither colours nor another data set's).")
     return label
 
 
-# ------------------------------------------------------------------------------------- folders: where pairs lie
+# --------------------------------------------------------------------------------------------- folders: where pairs lie
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ DATASETS = {
     "gta5": Spec("gta5", "gta5", (("images/{split}/*.png", "labels/{split}/*.png"), ("images/*.png", "labels/*.png")),
                  splits=("train", "valid"), undivided=True),
     "synthia": Spec("synthia", "synthia", (("RGB/*.png", "GT/LABELS/*.png"),), undivided=True),
-    # labelIds come with the download, labelTrainIds are made by a script. The weather versions have image folders of their own.
+    # labelIds come with the download, labelTrainIds are made by a script. Fog and rain have image folders of their own.
     "cityscapes": Spec("cityscapes", "cityscapes", tuple(
         (f"leftImg8bit{weather}/{{split}}/*/*_leftImg8bit?.png", f"gtFine/{{split}}/*/*_gtFine_{kind}.png")
         for weather in ("", "_foggy", "_rain") for kind in ("labelIds", "labelTrainIds"))),
@@ -162,7 +162,8 @@ DATASETS = {
         ("{split}/images/*.jpg", "{split}/labels/*.png"),                    # the v1.2 zip
         ("{split}/images/*.jpg", "{split}/v1.2/labels/*.png")),              # the v2.0 zip
         splits=("training", "validation")),
-    "idd": Spec("idd", "train", (("leftImg8bit/{split}/*/*_leftImg8bit.png", "gtFine/{split}/*/*_gtFine_labelcsTrainIds.png"),)),
+    "idd": Spec("idd", "train", (
+        ("leftImg8bit/{split}/*/*_leftImg8bit.png", "gtFine/{split}/*/*_gtFine_labelcsTrainIds.png"),)),
     "acdc": Spec("acdc", "train", (("rgb_anon/*/{split}/*/*_rgb_anon.png", "gt/*/{split}/*/*_gt_labelTrainIds.png"),)),
     "camvid": Spec("camvid", "camvid", (("{split}/*.png", "{split}annot/*.png"),)),
 } | {name: Spec("", "train") for name in (toy.DOMAINS if toy else ())}
@@ -182,8 +183,8 @@ class Item:
 def list_items(name, root, split, holdout=0, harmful=0.0):
     """The pairs of a data set's "train" or "val" split, sorted. Opens no file, so that it answers at once.
 
-    holdout    gta5 and synthia have no val split. With holdout = N, N pairs evenly spaced over train are withheld from it
-               and are val. Evenly, as neighbouring frames are alike. It means nothing to data sets that have a val split.
+    holdout    gta5 and synthia have no val split. With holdout = N, N pairs evenly spaced over train are withheld from
+               it and are val: evenly, to see all places and weathers. Data sets that have a val split ignore it.
     harmful    toy-* only: see toy.py
     """
     items, problems = _list(name, root, split, holdout, harmful)
@@ -210,11 +211,11 @@ def _list(name, root, split, holdout=0, harmful=0.0):
     if not withhold:
         return items, problems
     if not holdout:
-        raise SplitMissing(f"{name} has no val split on disk: give --holdout N to withhold N evenly spaced training pairs as one.")
+        raise SplitMissing(f"{name} has no val split on disk: give --holdout N to withhold N training pairs.")
     held = {int((i + 0.5) * len(items) / holdout) for i in range(holdout)}
     chosen = [item for i, item in enumerate(items) if (i in held) == (split == "val")]
     if not chosen:
-        raise DataError(f"{name}: --holdout {holdout} of {len(items)} pairs leaves no {split} split: give a smaller number.")
+        raise DataError(f"{name}: --holdout {holdout} of {len(items)} pairs leaves no {split} split: change it.")
     return chosen, problems
 
 
@@ -235,31 +236,31 @@ def _patterns(name, root, split):
 def _pairs(name, root, split):
     """(items, problems) from the first layout that has both images and labels on disk, or None."""
     for images, labels in _patterns(name, root, split):
-        found = sorted(_walk(*images), key=lambda entry: entry[1])
+        found = sorted(_walk(*images, ends=IMAGE_ENDS), key=lambda entry: entry[1])
         label_of = dict(_walk(*labels)) if found else {}
         if label_of:
             table = "train" if labels[-1].endswith("TrainIds.png") else DATASETS[name].table
             items = [Item(name, path, label_of[key], table) for key, path in found if key in label_of]
             return items, [f"{path} has no label: looked for {_fill(labels, key)}; fetch it or remove the image."
-                           for path, key in ((path, key) for key, path in found) if key not in label_of]
+                           for key, path in found if key not in label_of]
     return None
 
 
-def _walk(folder, first, *rest):
-    """(key, path) of the files that match, key = what stands for the `*`s. A folder is listed once and no file is asked
-    for anything, which over a network would take minutes."""
+def _walk(folder, first, *rest, ends=("png",)):
+    """(key, path) of the files that match, key = what stands for the `*`s. Each folder is listed once and no file is
+    asked for anything: over a network 50,000 questions take minutes."""
     if "*" not in first:
-        yield from _walk(os.path.join(folder, first), *rest)
+        yield from _walk(os.path.join(folder, first), *rest, ends=ends)
         return
-    name, end = os.path.splitext(first)
-    name = re.escape(name).replace(r"\*", r"([^.].*)").replace(r"\?", ".*")  # not ._x.png, which a Mac leaves behind
-    match = re.compile(name + (r"\.(?:png|jpg|jpeg)" if end in (".png", ".jpg") else re.escape(end)), re.IGNORECASE).fullmatch
+    name = re.escape(first if rest else os.path.splitext(first)[0])
+    name = name.replace(r"\*", r"([^.].*)").replace(r"\?", ".*")  # not ._00001.png, which a Mac leaves behind
+    match = re.compile(name if rest else rf"{name}\.(?:{'|'.join(ends)})").fullmatch
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 hit = match(entry.name)
                 if hit and rest:
-                    yield from ((hit.groups() + key, path) for key, path in _walk(entry.path, *rest))
+                    yield from ((hit.groups() + key, path) for key, path in _walk(entry.path, *rest, ends=ends))
                 elif hit:
                     yield hit.groups(), entry.path
     except (FileNotFoundError, NotADirectoryError):
@@ -268,7 +269,7 @@ def _walk(folder, first, *rest):
         raise DataError(f"{folder} cannot be listed ({error.strerror}): see to its permissions or its disk.") from None
 
 
-def _fill(pattern, key):
+def _fill(pattern, key=()):
     path = os.path.join(*pattern).replace("?", "")
     for part in key:
         path = path.replace("*", part, 1)
@@ -278,19 +279,18 @@ def _fill(pattern, key):
 def _missing(name, root, split):
     """Say what was looked for and what should be there. No folder may be silently empty."""
     places = list(_patterns(name, root, split))[:4]  # Cityscapes' weather folders are left unsaid
-    unlabelled = [labels for images, labels in places if next(_walk(*images), None)]
-    looked = unlabelled or [images for images, _ in places]
-    what = f"has {'images but no label' if unlabelled else 'no images'}"
-    raise (DataError if unlabelled else SplitMissing)(
-        f"the {split} split of {name} {what}: looked for {' and '.join(dict.fromkeys(_fill(p, ()) for p in looked))}; "
-        "expected tree (the same text for each *):\n" + "\n or\n".join(f"  {_fill(i, ())}\n  {_fill(l, ())}" for i, l in places))
+    unlabelled = [labels for images, labels in places if next(_walk(*images, ends=IMAGE_ENDS), None)]
+    looked = " or ".join(dict.fromkeys(_fill(pattern) for pattern in unlabelled or [images for images, _ in places]))
+    tree = "\n or\n".join(f"  {_fill(images)}\n  {_fill(labels)}" for images, labels in places)
+    what, kind = ("images but no label", DataError) if unlabelled else ("no images", SplitMissing)
+    raise kind(f"the {split} split of {name} has {what}: looked for {looked}; expected tree:\n{tree}")
 
 
 # ------------------------------------------------------------------------------------------- files: from disk to arrays
 
 
 def load_image(item):
-    """(H, W, 3) uint8, whatever mode it is stored in. EXIF rotation is not applied: labels lie over the pixels as stored."""
+    """(H, W, 3) uint8, whatever mode it is stored in. Not turned by EXIF: labels lie over the pixels as stored."""
     return np.array(_open_image(item))
 
 
@@ -317,7 +317,7 @@ def _drawn(item):
 
 
 def _open_image(item, rows=None):
-    """The picture in RGB. With rows, no more of a PNG than its first rows: it is a stream, packed from top to bottom."""
+    """The picture in RGB. With rows, a PNG is decoded so far and no further: it is a stream, from top to bottom."""
     if not item.label:
         return _drawn(item)[0]
     with _reading(item.image) as image:
@@ -333,15 +333,15 @@ def _open_label(item):
         return _drawn(item)[1]
     with _reading(item.label) as label:
         if item.table == "synthia" and label.tile[0][3] == "RGB;16B":
-            # SYNTHIA packs (class, instance) in 16 bits per channel, high byte first. Pillow keeps the high byte of each, and
-            # every class becomes 0. Read as low byte first, it keeps the other byte, and no class is above 255.
+            # SYNTHIA stores class and instance as 16-bit channels, high byte first. Pillow keeps the high byte of each,
+            # and every class becomes 0. Told that the low byte comes first, it keeps the other, which is the class.
             _change_tile(label, raw_mode="RGB;16L")
         label.load()
         if item.table == "synthia" and label.mode == "RGB":
             label = label.getchannel("R")
         if label.mode not in ("L", "P"):
-            raise DataError(f"{item.label} is stored as {label.mode} and not as ids in one 8-bit channel: use the official "
-                            f"{item.dataset} label files.")
+            raise DataError(f"{item.label} is stored as {label.mode} and not as ids in one 8-bit channel: use the "
+                            f"official label files of {item.dataset}.")
         return label
 
 
@@ -377,25 +377,25 @@ def _same_size(item, image, label):
 
 
 def check_pairs(items, sample=32, mapillary="A"):
-    """Open pairs in full, evenly spaced over the list (all of a small one), so that what is wrong is found before step 0.
+    """Open pairs in full, evenly spaced over the list (all of a small one): what is wrong is found before step 0.
 
-    Training starts without a scan of everything, as 25,000 pairs take most of an hour; `--check` is that scan.
+    A sample, because training should start at once and 25,000 pairs take most of an hour; `--check` reads them all.
     """
     count = min(sample, len(items))
     for i in range(count):
-        _examine(items[(2 * i + 1) * len(items) // (2 * count)])
+        _examine(items[(2 * i + 1) * len(items) // (2 * count)], mapillary)
 
 
-def _examine(item):
-    """Read a pair in full -> ((width, height), how often each raw id occurs (256)). DataError for anything wrong with it."""
+def _examine(item, mapillary="A"):
+    """Read a pair in full -> ((width, height), how often each raw id occurs (256)). DataError if anything is wrong."""
     image, label = _open_image(item), _open_label(item)
     _same_size(item, image, label)
     count = np.array(label.histogram()[:256])
-    _ids(item, np.flatnonzero(count).astype(np.uint8))
+    _ids(item, np.flatnonzero(count).astype(np.uint8), mapillary)
     return image.size, count
 
 
-# ------------------------------------------------------------------------------------------- views: from files to samples
+# ----------------------------------------------------------------------------------------- views: from files to samples
 
 
 def random_view(size, crop, scale, rng):
@@ -403,8 +403,8 @@ def random_view(size, crop, scale, rng):
 
     -> box      what the window shows, in the *original* picture's coordinates (left, top, right, bottom), not rounded
        patch    (w, h) of the box when scaled; smaller than the crop where the scaled picture is
-       offset   (x, y) of the patch in the crop; the rest is padding. Its place is random too, for a network that always saw
-                padding at the bottom would learn what the bottom means.
+       offset   (x, y) of the patch in the crop; the rest is padding. Its place is random too: padding that is always
+                at the bottom tells a network where the bottom is.
     """
     (width, height), (crop_h, crop_w) = size, crop
     scaled_w, scaled_h = max(1, round(width * scale)), max(1, round(height * scale))
@@ -434,7 +434,7 @@ def varied_view(label, table, crop, scale, rng):
 
 
 def colour_jitter(image, rng):
-    """Brightness b, contrast c, saturation S and hue R (a turn about the grey axis) are all linear, so they are one pass:
+    """Brightness b, contrast c, saturation S and hue R (a turn about the grey axis) are all linear: one pass for all.
 
         x' = c b R S x + (1 - c) b m,   m the mean grey of the picture       (S and R leave grey as it is)
     """
@@ -480,14 +480,14 @@ def training_view(item, crop, rng, mapillary="A", augment=True):
 
 
 class TrainingStream:
-    """Samples without end. Sample n comes from source n mod S, so sources are mixed in equal parts, whatever their size;
-    within a source the pairs come in a new random order each epoch. It has __getitem__ and __len__, which is all that a
-    DataLoader asks of a data set.
+    """Samples without end. Sample n comes from source n mod S, so sources are mixed in equal parts whatever their size;
+    within a source the pairs come in a new random order each epoch. __getitem__ and __len__ are all that a DataLoader
+    asks of a data set, so this is a plain class.
 
-    A bad file met in training: the next pair of the order takes its place, and one warning names the file. A run of days
-    must not die in hour ten of one broken file among 25,000, one view more of another picture changes nothing, and it is
-    decided by the file alone, so the sample is still a function of (seed, n). Evaluation is another matter: there a skipped
-    file changes the score, and it refuses. When PATIENCE pairs in a row fail, it is not the files, and training stops.
+    A bad file met in training: the next pair of the order takes its place, and one warning names the file. A run of
+    days must not die in hour ten of one broken file among 25,000, and one more view of another picture does no harm.
+    What is bad depends on the file alone, so sample n stays a function of (seed, n). Evaluation is another matter: a
+    skipped file would change the score, so it refuses. If PATIENCE pairs in a row fail, it is not the files: we stop.
     """
 
     def __init__(self, sources, crop, seed, mapillary="A", augment=True):
@@ -500,7 +500,7 @@ class TrainingStream:
             raise DataError(f"crop {crop} and seed {seed}: the crop has to be at least 1 pixel, the seed at least 0.")
         _id_table("mapillary", mapillary)  # a wrong convention is refused here and not in hour two
         self._order = {}  # source -> (epoch, its permutation), only to save time
-        self._named = torch.zeros(len(self), dtype=torch.uint8).share_memory_()  # shared by the workers: one warning per file
+        self._named = torch.zeros(len(self), dtype=torch.uint8).share_memory_()  # by all workers: one warning per file
 
     def __len__(self):
         """Pairs in all sources. n may be any number from 0 on."""
@@ -511,7 +511,7 @@ class TrainingStream:
         turn, source = divmod(n, len(self.sources))
         epoch, place = divmod(turn + skip, len(self.sources[source]))
         if self._order.get(source, (None,))[0] != epoch:
-            # [seed, 0, ...] here, [seed, 1, ...] for views: numpy pads its keys with zeros, so [seed, n] alone would collide
+            # [seed, 0, ...] here, [seed, 1, ...] for views: numpy pads keys with zeros, so [5, 7] is also [5, 7, 0]
             rng = np.random.default_rng([self.seed, 0, source, epoch])
             self._order[source] = epoch, rng.permutation(len(self.sources[source]))
         return source, int(self._order[source][1][place])
@@ -533,7 +533,7 @@ class TrainingStream:
         raise DataError(f"{PATIENCE} training pairs in a row are bad (is the disk still there?), the last one: {last}")
 
 
-# ------------------------------------------------------------------------------------- python data.py --check
+# ----------------------------------------------------------------------------------------------- python data.py --check
 
 
 def check(names, root, mapillary="A", mosaic=None, workers=None):
@@ -541,14 +541,15 @@ def check(names, root, mapillary="A", mosaic=None, workers=None):
     problems, rows = [], []
     for name in names:
         absent = []
+        _spec(name)
         for split in ("train", "val"):
             try:
                 items, found = _list(name, root, split)
             except SplitMissing as error:
                 absent.append(str(error))
                 continue
-            except DataError as error:
-                found, items = [str(error)], []
+            except DataError as error:  # a wrong data root, say, is one problem and not one per split
+                items, found = [], [str(error)] if str(error) not in problems else []
             sizes, count, bad = _scan(items, f"{name} {split}", workers)
             _print_report(name, split, items, sizes, count, mapillary)
             for problem in found + bad:
@@ -625,7 +626,7 @@ def _save_mosaic(rows, path, mapillary, columns=6, height=160):
     try:
         picture.save(path)
     except (OSError, ValueError) as error:
-        raise DataError(f"the mosaic {path} cannot be written ({error}): name a .png in a folder that exists.") from None
+        raise DataError(f"the mosaic {path} cannot be written ({error}): name a .png in an existing folder.") from None
 
 
 def _demo():
@@ -641,13 +642,13 @@ def _demo():
             Image.fromarray(COLORS[classes]).save(os.path.join(root, "gta5", "images", f"{i:05d}.png"))
             Image.fromarray(ids).save(os.path.join(root, "gta5", "labels", f"{i:05d}.png"))
         items = list_items("gta5", root, "train")
-        print(f"{len(items)} pairs read in place in the layout of {items[0].dataset}, label ids {np.unique(ids)[:5]} ...")
+        print(f"{len(items)} pairs found in the layout of {items[0].dataset}, label ids {np.unique(ids)[:5]} ...")
 
         image, label = training_view(items[0], (200, 100), np.random.default_rng(0), augment=False)
         nearest = np.abs(image[:, :, None].astype(int) - COLORS).sum(-1).argmin(-1)
         agree = (nearest == label)[label != VOID].mean()
-        print(f"a 200x100 window of a 120x160 picture: {(label == VOID).mean():.0%} is padding, on the rest colour and label "
-              f"agree by {agree:.0%}")
+        print(f"a 200x100 view of a 120x160 picture: {(label == VOID).mean():.0%} padding, colour and label agree on "
+              f"{agree:.0%} of the rest")
         stream, again = TrainingStream([items], 64, seed=1), TrainingStream([items], 64, seed=1)
         late = [again[n] for n in (70, 3)]
         same = all((stream[n][part] == late[k][part]).all() for n, k in ((3, 1), (70, 0)) for part in (0, 1))
@@ -670,9 +671,6 @@ def main():
         return _demo()
     if given.workers is not None and given.workers < 1:
         parser.error("--workers has to be at least 1")
-    for name in given.check:
-        if name not in DATASETS:
-            parser.error(f"--check: {_unknown(name)}")
     try:
         sys.exit(1 if check(given.check, given.data_root, given.mapillary, given.mosaic, given.workers) else 0)
     except DataError as error:
