@@ -122,8 +122,9 @@ def _look_up(raw, table, mapillary="A"):
     label = _id_table(table, mapillary)[raw]
     if (label == UNKNOWN).any():
         ids = np.unique(raw[label == UNKNOWN]).tolist()
-        raise DataError(f"ids {', '.join(map(str, ids[:8]))}{' ...' * (len(ids) > 8)} are not in the table `{table}`: use "
-                        "the official label files (ids, neither colours nor another data set's).")
+        listed = ", ".join(map(str, ids[:8])) + " ..." * (len(ids) > 8)
+        raise DataError(f"ids {listed} are not in the table `{table}`: use the official label files (ids, and neither "
+                        "colours nor another kind of ids).")
     return label
 
 
@@ -495,7 +496,7 @@ class TrainingStream:
         if not sources or not all(sources):
             raise DataError("a training stream needs at least one source, and every source at least one pair.")
         self.sources, self.seed, self.mapillary, self.augment = sources, seed, mapillary, augment
-        self.crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
+        self.crop = (crop, crop) if np.isscalar(crop) else tuple(crop)
         if min(self.crop) < 1 or seed < 0:
             raise DataError(f"crop {crop} and seed {seed}: the crop has to be at least 1 pixel, the seed at least 0.")
         _id_table("mapillary", mapillary)  # a wrong convention is refused here and not in hour two
@@ -555,7 +556,7 @@ def check(names, root, mapillary="A", mosaic=None, workers=None):
             for problem in found + bad:
                 print("  PROBLEM " + problem)
             problems += found + bad
-            rows.append((f"{name} {split}", items))
+            rows += [(f"{name} {split}", items)] if items else []
         if len(absent) == 2:  # one is enough: a target needs no train split, a source no val split
             print(f"\n{name}\n  PROBLEM {absent[0]}")
             problems.append(absent[0])
@@ -575,7 +576,7 @@ def _scan(items, title, workers):
     if items:
         with ProcessPoolExecutor(min(workers or os.cpu_count(), len(items))) as pool:
             results = pool.map(_try_examine, items, chunksize=min(16, 1 + len(items) // 16))
-            for item, result in zip(items, tqdm(results, title, len(items), unit="pair", dynamic_ncols=True)):
+            for result, item in zip(tqdm(results, title, len(items), unit="pair", dynamic_ncols=True), items):
                 if isinstance(result, str):
                     bad.append(result)
                 else:

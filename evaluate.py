@@ -27,6 +27,7 @@ import json
 import math
 import os
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,6 +70,7 @@ from reweight import reliability
 
 VOID = data.VOID
 PROTOCOL = ("mapillary", "scale", "slide", "slide_stride", "flip")  # the flags that a score depends on
+SCENES = 64  # drawn training scenes on which reliability is scored; about 6 of them harmful by default
 CHECKPOINT = "last"  # the rule: never the best on a target, for that would be training on it
 
 
@@ -273,25 +275,25 @@ def evaluate_dataset(score, items, mapillary="A", scale=1.0, slide=0, slide_stri
     if not items:
         raise EvaluationError("no images to score: the list of items is empty.")
     loader = torch.utils.data.DataLoader(
-        _Pictures(items, mapillary), batch_size=None, collate_fn=_same, num_workers=min(workers, len(items)),
+        _Pictures(items, mapillary), batch_size=None, num_workers=min(workers, len(items)),
         pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator())  # its own: a loader's seed must not move the global random numbers of training
     conf = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64)
     bar = tqdm(zip(items, loader), total=len(items), desc=items[0].dataset, unit="image", disable=not progress)
-    for item, pair in bar:
-        if isinstance(pair, Exception):
-            raise pair
-        image, label = pair
-        try:
-            pred = predict(score, image.to(device, non_blocking=True), label.shape, scale, slide, slide_stride, flip)
+    try:
+        for item, pair in bar:
+            if isinstance(pair, Exception):
+                raise pair
+            image, label = pair
+            image = image.to(device, non_blocking=True)
+            pred = predict(score, image, label.shape, scale, slide, slide_stride, flip)
             conf += confusion_matrix(pred, label, len(conf))
-        except EvaluationError as error:
-            raise EvaluationError(f"{item.image}: {error}") from None
+    except EvaluationError as error:
+        raise EvaluationError(f"{item.image}: {error}") from None
+    finally:
+        bar.close()
+        del bar  # ends the workers now; left to the traceback of an error, they would linger for ten seconds
     return conf
-
-
-def _same(pair):
-    return pair
 
 
 # --------------------------------------------------------------------------------------------- a run and its results
@@ -301,6 +303,7 @@ def read_checkpoint(run):
     """RUN/last.pt as train.py saved it, a dict on the CPU.
 
     weights_only: a checkpoint is a pickle, and a pickle may hold code. Here code is refused before any of it runs.
+    The check sums in the file are compared first, which torch.load does not: a flipped bit is a wrong weight.
     """
     file = Path(run) / "last.pt"
     if not Path(run).is_dir():
@@ -308,10 +311,13 @@ def read_checkpoint(run):
     if not file.is_file():
         raise EvaluationError(f"{run}: no last.pt in this folder; train.py writes it at its first save.")
     try:
+        with zipfile.ZipFile(file) as archive:
+            if archive.testzip():
+                raise zipfile.BadZipFile
         state = torch.load(file, map_location="cpu", weights_only=True)
         missing = {"model", "otp", "arch", "config", "step"} - set(state)
     except Exception as error:
-        raise EvaluationError(f"{file} is no checkpoint that can be read ({type(error).__name__}): it is truncated or "
+        raise EvaluationError(f"{file} is no checkpoint that can be read ({type(error).__name__}): it is damaged or "
                               f"was not written by train.py; nothing in it was executed.") from None
     if missing:
         raise EvaluationError(f"{file} was not written by train.py: it has no {', '.join(sorted(missing))}.")
@@ -351,15 +357,17 @@ def evaluation_size(config):
             + (", flip averaged" if config.get("flip") else ""))
 
 
-def write_results(run_folder, confs, config, images=None):
+def write_results(run_folder, confs, config, images=None, step=None):
     """results.json and results.csv from one confusion matrix per data set; returns what is in results.json.
 
-    images  data set -> number of images scored. Per cent throughout; a class that does not occur is null, never 0.
+    images  data set -> number of images scored;  step  of the checkpoint, so that an unfinished run is called one
+    Per cent throughout; a class that does not occur is null, never 0.
     A data set that the run was trained on may be among confs (its held-out images); it is shown and stays out of
     every mean, for the mean speaks of unseen domains.
     """
-    protocol = dict(evaluation_size=evaluation_size(config), checkpoint=CHECKPOINT,
-                    mapillary=config.get("mapillary", "A"))
+    finished = step in (None, config.get("steps"))
+    protocol = dict(evaluation_size=evaluation_size(config), mapillary=config.get("mapillary", "A"),
+                    checkpoint=CHECKPOINT if finished else f"unfinished, step {step} of {config.get('steps')}")
     targets = {}
     for name, conf in confs.items():
         score = [None if math.isnan(c) else 100 * c for c in (*iou(conf).tolist(), mean_iou(conf))]
@@ -367,7 +375,8 @@ def write_results(run_folder, confs, config, images=None):
                              images=(images or {}).get(name), pixels=int(conf.sum()), **protocol,
                              iou=dict(zip(data.CLASSES, score)))
     results = dict(run=Path(run_folder).name, method=config.get("method"), source=list(config.get("source", ())),
-                   targets=targets, mean=None, mean_over=[name for name in targets if targets[name]["unseen"]],
+                   targets=targets, mean=None, mean_over=[name for name in targets if targets[name]["unseen"]
+                                                          and targets[name]["miou"] is not None],
                    mean_rule="mean of the miou of the unseen targets; data sets of the source are left out", **protocol)
     columns = table(results)
     results["mean"] = columns["mean"]["mean"]
@@ -466,7 +475,8 @@ def evaluate_targets(run, config, device, rank=0, processes=1, figures=True, com
         confs[name] = conf.cpu()
     if rank:
         return None
-    results = write_results(config["out"], confs, config, {n: len(items) for n, items in targets.items()})
+    results = write_results(config["out"], confs, config, {n: len(items) for n, items in targets.items()},
+                            getattr(run, "step", None))
     print_table(results, other)
     if figures:
         for path in draw_figures(run, config, device, targets, compare):
@@ -510,14 +520,15 @@ def _figure(width, height):
     return Figure(figsize=(width, height), layout="constrained")  # no pyplot: no window, no global state
 
 
-def _finish(fig, path, classes=range(len(data.CLASSES))):
+def _finish(fig, path, classes=(*range(len(data.CLASSES)), VOID)):
     """Legend of the classes, then the file, whole or not at all."""
     from matplotlib.patches import Patch
 
-    if classes:
-        patches = [Patch(fc=data.COLORS[c] / 255, ec="black", lw=0.4, label=data.CLASSES[c]) for c in classes]
-        fig.legend(handles=[*patches, Patch(fc="black", label="void")], loc="outside lower center", frameon=False,
-                   ncols=min(10, int(1.1 * fig.get_figwidth())), fontsize=8, handlelength=1.2)
+    patches = [Patch(fc=colours(c) / 255, ec="black", lw=0.4, label="void" if c == VOID else data.CLASSES[c])
+               for c in classes]
+    if patches:
+        fig.legend(handles=patches, loc="outside lower center", ncols=min(10, int(1.1 * fig.get_figwidth())),
+                   frameon=False, fontsize=8, handlelength=1.2)
     _replace(path, lambda part: fig.savefig(part, dpi=150))
     return path
 
@@ -528,6 +539,8 @@ def figure_predictions(path, rows, title="", inches=3.2):
     What an array is can be seen from it: uint8 (H, W, 3) a picture; uint8 (H, W) train ids, drawn in class colours;
     bool (H, W) a mask; float (H, W) a map in [0, 1] with a colour bar, nan (void) in grey.
     """
+    from matplotlib import colormaps
+
     shape = rows[0][next(iter(rows[0]))].shape
     fig = _figure(inches * len(rows[0]), (inches * shape[0] / shape[1] + 0.1) * len(rows) + 1.2)
     axes = fig.subplots(len(rows), len(rows[0]), squeeze=False)
@@ -537,14 +550,14 @@ def figure_predictions(path, rows, title="", inches=3.2):
             if array.dtype == np.uint8:
                 ax.imshow(colours(array), interpolation="nearest") if array.ndim == 2 else ax.imshow(array)
             else:
-                kind = "gray" if array.dtype == bool else "viridis"
-                shown = ax.imshow(np.ma.masked_invalid(array), cmap=kind, vmin=0, vmax=1, interpolation="nearest")
-                shown.cmap.set_bad("0.6")
+                cmap = colormaps["gray" if array.dtype == bool else "viridis"].with_extremes(bad="0.6")
+                ax.imshow(array, cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
     for column, (name, array) in enumerate(rows[-1].items()):
         axes[0, column].set_title(name, fontsize=10)
         if array.dtype.kind == "f":
             fig.colorbar(axes[-1, column].images[0], ax=axes[:, column], location="bottom", fraction=0.03, aspect=30)
     fig.suptitle(title, fontsize=11)
+    fig.get_layout_engine().set(h_pad=0.06)
     return _finish(fig, path)
 
 
@@ -612,7 +625,7 @@ def figure_curves(path, log):
     top.legend(frameon=False)
     bottom.plot(step, [math.nan if row.get("lam") is None else row["lam"] for row in rows], color="0.3")
     bottom.set(xlabel="step", ylabel="lambda (Eq. 4)", ylim=(-0.05, 1.05))
-    return _finish(fig, path, classes=None)
+    return _finish(fig, path, classes=())
 
 
 def draw_figures(run, config, device, targets, compare=None):
@@ -630,7 +643,7 @@ def draw_figures(run, config, device, targets, compare=None):
         import toy  # only drawn scenes know which of their pixels are harmful
 
         scenes = []
-        for index in range(64):
+        for index in range(SCENES):
             image, label, wrong = toy.draw(drawn[0], "train", index, harmful=config.get("harmful") or 0.1)
             omega = _omega(run, config, device, data.to_tensor(image), torch.from_numpy(label), both=True)
             scenes.append((image, label, wrong, omega))
@@ -665,8 +678,8 @@ def _prediction_row(run, config, device, item, compare):
 
     row = {"image": image, "truth": label}
     if compare:
-        row[f"prediction, {compare.path.name}"] = predicted(compare, compare.config)
-    row[f"prediction, {Path(config['out']).name}" if compare else "prediction"] = predicted(run, config)
+        row[f"compared: {compare.path.name}"] = predicted(compare, compare.config)
+    row["prediction" + f": {Path(config['out']).name}" * bool(compare)] = predicted(run, config)
     omega = _omega(run, config, device, tensor, truth)
     row["agreement with OTP, Eq. 5"] = np.where(label != VOID, omega, np.nan)
     return row

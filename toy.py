@@ -720,6 +720,7 @@ def _harm(rng, image, label):
 # ------------------------------------------------------------------------------------------------ a CLIP in miniature
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)      # CLIP's own normalisation
 CROP = 96                                                           # three cells of CLIP's stride 32: a centre and its surroundings
+MODES = ("native", "zoom", "cut")
 PER_SCENE, SCENES = 12, 8                                           # crops of one scene, scenes of one batch
 NATURAL = _colours(road=[(110, 110, 112), (80, 80, 84), (150, 146, 140)], sidewalk=[(150, 146, 140), (120, 110, 110)], building=[(170, 140, 110), (140, 90, 80), (150, 150, 150)],
                    wall=[(140, 130, 120)], fence=[(110, 100, 90)], pole=[(90, 90, 92)], traffic_light=[(50, 50, 46)], traffic_sign=[(190, 60, 60), (60, 90, 180)],
@@ -754,10 +755,11 @@ def _web(rng):
     return layout, look
 
 
-def _crops(rng, scene, image, count, mode=None):
+def _crops(rng, scene, image, count, share):
     """`count` crops of a scene -> (images (count, CROP, CROP, 3), class at each centre, neighbouring class of each).
 
-    mode "native": a window at the scene's own scale; "zoom": a smaller window, enlarged; "cut": cut to one object.
+    `share` is the share of crops that are "native": a window at the scene's own scale; "zoom": a smaller window, enlarged;
+    "cut": cut to one object.
     """
     parts = np.asarray(scene.picture)
     table = np.array([row[:3] for row in scene.table])
@@ -774,7 +776,7 @@ def _crops(rng, scene, image, count, mode=None):
     for k, c in enumerate(rng.choice(present, count, p=chance / chance.sum())):
         where = np.flatnonzero(cls.ravel() == c)
         y, x = divmod(int(where[rng.integers(len(where))]), WIDTH)
-        kind = mode or ("native", "native", "zoom", "cut")[rng.integers(4)]
+        kind = MODES[rng.choice(3, p=share)]
         side = CROP
         if kind == "zoom":
             side = CROP / rng.uniform(1, 3)
@@ -793,8 +795,10 @@ def _crops(rng, scene, image, count, mode=None):
     return images, centre, other
 
 
-def _caption(rng, look, name, second):
+def _caption(rng, look, name, second, plain):
     """What a person might write under the crop: its subject, at times the style or a neighbour."""
+    if plain:
+        return f"a photo of a {name}."
     style = [s for s, true in (("dark ", look["light"][0] < .75), ("bright ", look["light"][0] > 1.15), ("blurry ", look["blur"][0] > .6), ("gray ", look["gray"][0] > .6)) if true]
     style = style[rng.integers(len(style))] if style and rng.random() < .6 else ""
     medium = style + ("photo", "photo", "picture", "drawing")[rng.integers(4)]
@@ -815,13 +819,16 @@ class _Web:
 
     def __getitem__(self, n):
         rng = np.random.default_rng([99, self.seed, n])
+        stage = n / self.steps                                      # first large objects, then those of a scene's own scale
+        native = .6 * np.clip((stage - .2) / .4, 0, 1)
+        share = (native, (1 - native) / 2, (1 - native) / 2)
         images, captions = [], []
         for _ in range(SCENES):
             layout, look = _web(rng) if self.styles == "web" else ({**STREET, **DOMAINS["toy-gta5"]["layout"]}, {**PLAIN, **GTA5})
             scene = _geometry(rng, layout)
-            crops, centre, other = _crops(rng, scene, _paint(rng, scene, look), PER_SCENE)
+            crops, centre, other = _crops(rng, scene, _paint(rng, scene, look), PER_SCENE, share)
             images.append(crops)
-            captions += [_caption(rng, {**PLAIN, **look}, NAMES[c], NAMES[d] if d < 19 and d != c else None) for c, d in zip(centre, other)]
+            captions += [_caption(rng, {**PLAIN, **look}, NAMES[c], NAMES[d] if d < 19 and d != c and stage > .3 else None, stage < .1) for c, d in zip(centre, other)]
         return np.concatenate(images), np.stack([_tokens(caption) for caption in captions])
 
 
@@ -844,20 +851,24 @@ def _normalise(images):
     return (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
-def train_clip(out, steps=3000, seed=0, styles="web", width=16, workers=2):
+def train_clip(out, steps=3000, seed=0, styles="web", width=16, workers=1, threads=2):
     """CLIP's symmetric contrastive loss on drawn crops and their captions; writes a state dict in half precision."""
     import time
     import torch
     from clip.model import CLIP
     torch.manual_seed(seed)
+    torch.set_num_threads(threads)
     vocabulary = _vocabulary()
     number = np.full(49408, -1)
     number[vocabulary] = np.arange(len(vocabulary))
     model = CLIP(64, CROP, (1, 1, 1, 1), width, None, 77, len(vocabulary), 64, 1, 2)
+    for name, parameter in model.named_parameters():                # CLIP opens its residual branches slowly, from zero: for long
+        if name.endswith("bn3.weight"):                             # runs; a run of minutes has no time for that
+            torch.nn.init.ones_(parameter)
     model.visual.to(memory_format=torch.channels_last)
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([dict(params=decay, weight_decay=.05), dict(params=plain, weight_decay=0)], lr=2e-3, betas=(.9, .98))
+    optimizer = torch.optim.AdamW([dict(params=decay, weight_decay=.05), dict(params=plain, weight_decay=0)], lr=1.5e-3, betas=(.9, .98))
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1, (n + 1) / 100) * (.5 + .5 * np.cos(np.pi * n / steps)) + .002)
     loader = torch.utils.data.DataLoader(_Web(steps, seed, styles), batch_size=None, num_workers=workers, collate_fn=lambda b: b)
     target = torch.arange(SCENES * PER_SCENE)
@@ -878,6 +889,12 @@ def train_clip(out, steps=3000, seed=0, styles="web", width=16, workers=2):
         shown.append(loss.item())
         if n % 100 == 99:
             print(f"step {n + 1:5d}  loss {np.mean(shown[-100:]):.3f}  scale {model.logit_scale.exp().item():5.1f}  {time.time() - start:5.0f} s", flush=True)
+        if n % 500 == 499 or n + 1 == steps:
+            _export(model, vocabulary, out)
+
+
+def _export(model, vocabulary, out):
+    import torch
     state = {k: v.detach().clone() for k, v in model.state_dict().items()}
     _centre_position(state)
     table = torch.zeros(49408, 64)
@@ -917,7 +934,7 @@ def load_toy_clip(path=CLIP_FILE):
 PROMPTS = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "a drawing of a {}.", "a {} in a street scene.")
 
 
-def zero_shot(model, domain, split="val", scenes=40, per_scene=24, seed=0, mode=None):
+def zero_shot(model, domain, split="val", scenes=40, per_scene=24, seed=0, share=(.5, .25, .25)):
     """(right, total) per class of crops of one domain, the class being the nearest of the drawn classes' prompts."""
     import clip
     import torch
@@ -931,7 +948,7 @@ def zero_shot(model, domain, split="val", scenes=40, per_scene=24, seed=0, mode=
             key = [recipe["number"], SPLITS[split], index, seed]
             scene = _geometry(np.random.default_rng(key + [0]), {**STREET, **recipe["layout"]})
             image = _paint(np.random.default_rng(key + [1]), scene, recipe["look"])
-            crops, centre, _ = _crops(np.random.default_rng(key + [3]), scene, image, per_scene, mode)
+            crops, centre, _ = _crops(np.random.default_rng(key + [3]), scene, image, per_scene, share)
             guess = (model.encode_image(_normalise(crops)) @ text.T).argmax(1).numpy()
             guess = np.array(CLASSES)[guess]
             np.add.at(total, centre, 1)
@@ -944,8 +961,8 @@ def check_clip(path=CLIP_FILE):
     both = [np.zeros(19), np.zeros(19)]
     for domain in DOMAINS:
         row = []
-        for mode in ("native", "zoom", "cut"):
-            right, total = zero_shot(model, domain, mode=mode, scenes=15)
+        for k, mode in enumerate(MODES):
+            right, total = zero_shot(model, domain, share=np.eye(3)[k], scenes=15)
             if domain != "toy-gta5":
                 both[0] += right
                 both[1] += total
@@ -963,10 +980,11 @@ if __name__ == "__main__":
     parser.add_argument("--out", default=CLIP_FILE)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--styles", default="web")
     args = parser.parse_args()
     if args.train_clip:
-        train_clip(args.out, args.steps, args.seed, args.styles, args.width)
+        train_clip(args.out, args.steps, args.seed, args.styles, args.width, threads=args.threads)
     if args.check_clip:
         check_clip(args.out)

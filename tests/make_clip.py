@@ -29,6 +29,8 @@ def make_clip(kind="resnet", dim=48, resolution=64, layers=None, vocabulary=VOCA
         tower = ((1, 2, 2, 2) if layers is None else layers, 16, None) if kind == "resnet" else (layers or 4, 128, 16)
         model = CLIP(dim, resolution, *tower, context, vocabulary, 64, 1, 1).eval()
         for module in model.modules():
+            if isinstance(module, nn.Conv2d):  # wide enough that an image is still an image after ten layers
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias, std=0.3)

@@ -157,9 +157,10 @@ def test_a_batch_is_the_weighted_mean_of_its_halves(weighted):
     emb, label, prototypes, weight = random_case(batch=4)
     weight = weight if weighted else None
     mass = (label != VOID) * (1.0 if weight is None else weight)
-    parts = [(alignment_loss(emb[s], label[s], prototypes[s], TAU, None if weight is None else weight[s]), mass[s].sum())
-             for s in (slice(0, 1), slice(1, 4))]
-    expected = sum(loss * m for loss, m in parts) / mass.sum()
+    expected = 0
+    for s in (slice(0, 1), slice(1, 4)):
+        part = alignment_loss(emb[s], label[s], prototypes[s], TAU, None if weight is None else weight[s])
+        expected = expected + part * mass[s].sum() / mass.sum()
     torch.testing.assert_close(alignment_loss(emb, label, prototypes, TAU, weight), expected)
 
 
@@ -240,7 +241,7 @@ def test_autocast_does_not_lower_the_precision(per_image):
 
 def test_a_long_half_precision_embedding_does_not_overflow():
     emb, label, prototypes, weight = random_case()
-    emb = F.normalize(emb, dim=1).half() * 60000  # length beyond half precision's 65504 as soon as it is squared or summed
+    emb = F.normalize(emb, dim=1).half() * 60000  # half precision ends at 65504: a sum of squares is inf
     emb.requires_grad_()
     loss = alignment_loss(emb, label, prototypes.half(), TAU, weight)
     loss.backward()
@@ -332,8 +333,8 @@ def test_an_all_void_crop_is_exactly_zero_through_eq_4():
     assert loss.item() == 0 and (emb.grad == 0).all() and (vtp.grad == 0).all()
 
 
-@pytest.mark.parametrize("name, expected", [("progressive", (0, 0.25, 1)), ("reversed", (1, 0.75, 0)), ("otp", (1, 1, 1)),
-                                            ("vtp", (0, 0, 0)), ("both", (0.5, 0.5, 0.5))])
+@pytest.mark.parametrize("name, expected", [("progressive", (0, 0.25, 1)), ("reversed", (1, 0.75, 0)),
+                                            ("otp", (1, 1, 1)), ("vtp", (0, 0, 0)), ("both", (0.5, 0.5, 0.5))])
 def test_each_schedule_is_what_its_name_says(name, expected):
     assert tuple(align.SCHEDULES[name](r) for r in (0.0, 0.25, 1.0)) == expected
 
@@ -347,7 +348,7 @@ def test_there_are_five_schedules():
 
 def test_align_needs_torch_alone_and_its_demonstration_runs(capsys):
     tree = ast.parse(inspect.getsource(align))
-    imported = {name.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    imported = {a.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
     imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert imported == {"math", "torch"}
     align._demo()

@@ -430,7 +430,7 @@ def test_the_ends_of_the_ranges_are_allowed():
 
 def test_reweight_needs_torch_alone_and_its_demonstration_runs(capsys):
     tree = ast.parse(inspect.getsource(reweight))
-    imported = {name.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    imported = {a.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
     imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert imported == {"torch"}
     reweight._demo()

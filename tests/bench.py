@@ -1,0 +1,220 @@
+"""bench.py: the speed and memory that the README's table states, printed by one command.
+
+    python tests/bench.py                    all of it, about ten minutes on two cores
+    python tests/bench.py step item          some of it: step memory item count help linear
+
+Times are medians of interleaved repetitions (A B A B ...), so that a machine that slows down slows both; what is worth
+quoting is the ratio. Nothing here is a test: a busy machine must not fail a build. Weights are random, of CLIP RN50's shape:
+speed does not depend on their values.
+"""
+
+import argparse
+import io
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+PARTS = ("help", "count", "item", "step", "memory", "linear")
+
+
+def interleaved(functions, repeats):
+    """{name: function} -> {name: median seconds}; one unmeasured round first."""
+    times = {name: [] for name in functions}
+    for round_ in range(repeats + 1):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            if round_:
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def rn50(method, amp="fp32", crop=512, batch=2):
+    """(PPAR module on random RN50 weights, Config, one training step as a function, past the ramp: all terms on)."""
+    import torch
+    from clip.model import ModifiedResNet
+
+    import data
+    import model
+    import prototypes
+    import train
+
+    config = train.configure(dict(source=("gta5",), method=method, amp=amp, crop=crop, batch=batch, steps=100))
+    torch.manual_seed(0)
+    net = model.SegmentationNet(ModifiedResNet((3, 4, 6, 3), 1024, 32, 224, 64), 19, 16, config.width)
+    net.encoder.freeze(config.freeze)
+    otp = prototypes.random_prototypes(19, 1024)
+    vtp = prototypes.VisualTextPrototypes(1024, 2 * config.width) if train.uses_vtp(config) else None
+    module = train.PPAR(net, otp, vtp)
+    bf16, autocast = train.precision(config, torch.device("cpu"))
+    image = torch.randn(batch, 3, crop, crop)
+    label = torch.randint(0, len(data.CLASSES), (batch, crop // 32, crop // 32))
+    label = label.repeat_interleave(32, 1).repeat_interleave(32, 2)
+    if bf16:
+        module.to(memory_format=torch.channels_last)
+        image = image.contiguous(memory_format=torch.channels_last)
+    optimizer = train.make_optimizer(module, config, torch.device("cpu"))
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-6
+    module.train()
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        row, _ = train.backward_batch(module, image, label, config, 50, autocast)
+        optimizer.step()
+        return row
+
+    return module, config, step
+
+
+def bench_help():
+    times = interleaved({name: lambda name=name: subprocess.run([sys.executable, str(ROOT / name), "--help"], check=True,
+                                                                capture_output=True) for name in ("train.py", "evaluate.py")}, 5)
+    for name, seconds in times.items():
+        print(f"{name} --help: {seconds:.2f} s")
+
+
+def bench_count():
+    import numpy as np
+    import torch
+
+    import evaluate
+
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 20, (1024, 2048)).astype(np.uint8)
+    label[label == 19] = 255
+    pred = rng.integers(0, 19, (1024, 2048)).astype(np.uint8)
+    p, t = torch.from_numpy(pred).long(), torch.from_numpy(label).long()
+
+    def masked():
+        keep = t != 255
+        return torch.bincount(19 * t[keep] + p[keep], minlength=361).view(19, 19)
+
+    assert torch.equal(masked(), evaluate.confusion_matrix(pred, label, 19))
+    times = interleaved({"ours": lambda: evaluate.confusion_matrix(pred, label, 19), "masked": masked}, 11)
+    print(f"confusion matrix of 2 megapixels: {1000 * times['ours']:.1f} ms; masked torch.bincount takes "
+          f"{times['masked'] / times['ours']:.1f} times as long")
+    score = torch.randn(19, 1024, 2048)
+    assert torch.equal(evaluate.fast_argmax(score).long(), score.argmax(0))
+    times = interleaved({"ours": lambda: evaluate.fast_argmax(score), "argmax": lambda: score.argmax(0)}, 5)
+    print(f"classes from 19 x 2 megapixel scores: {1000 * times['ours']:.0f} ms; argmax takes "
+          f"{times['argmax'] / times['ours']:.1f} times as long")
+
+
+def gta5_sized(folder, pairs=2):
+    """GTA5-sized pairs in GTA5's layout: smooth shapes with noise, so that the PNG compresses as a rendered frame does."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for sub in ("images", "labels"):
+        os.makedirs(Path(folder) / "gta5" / sub, exist_ok=True)
+    for i in range(pairs):
+        coarse = Image.fromarray(rng.integers(0, 255, (33, 60, 3), dtype=np.uint8)).resize((1914, 1052), Image.BICUBIC)
+        image = np.clip(np.asarray(coarse, np.int16) + rng.integers(-4, 5, (1052, 1914, 3)), 0, 255).astype(np.uint8)
+        ids = np.array([7, 8, 11, 21, 23, 24, 26], np.uint8)[rng.integers(0, 7, (33, 60))]
+        label = Image.fromarray(ids).resize((1914, 1052), Image.NEAREST)
+        label.putpalette(bytes(range(256)) * 3)
+        Image.fromarray(image).save(Path(folder) / "gta5" / "images" / f"{i + 1:05d}.png")
+        label.save(Path(folder) / "gta5" / "labels" / f"{i + 1:05d}.png")
+
+
+def bench_item():
+    import torch
+    from PIL import Image
+
+    import data
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        gta5_sized(folder)
+        items = data.list_items("gta5", folder, "train")
+        stream = data.TrainingStream([items], 512, seed=0)
+        content = Path(items[0].image).read_bytes()
+        count = iter(range(10 ** 6))
+        times = interleaved({"item": lambda: stream[next(count)], "decode": lambda: Image.open(io.BytesIO(content)).load()}, 30)
+    torch.set_num_threads(os.cpu_count())
+    print(f"training item of a 1914 x 1052 PNG: {1000 * times['item']:.0f} ms, {times['item'] / times['decode']:.2f} times "
+          f"decoding its image alone")
+    return times["item"]
+
+
+def bench_step(repeats=5):
+    import torch
+
+    steps = {name: rn50(*flags)[2] for name, flags in
+             {"erm": ("erm",), "full": ("ppar",), "erm bf16": ("erm", "bf16"), "full bf16": ("ppar", "bf16")}.items()}
+    losses = {name: step()["loss"] for name, step in steps.items()}
+    times = interleaved(steps, repeats)
+    print(f"training step, RN50, crop 512, batch 2, {torch.get_num_threads()} threads: "
+          + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items()))
+    print(f"full method / baseline: {times['full'] / times['erm']:.2f} in fp32, "
+          f"{times['full bf16'] / times['erm bf16']:.2f} in bf16")
+    print(f"bf16 with channels_last / fp32: baseline {times['erm bf16'] / times['erm']:.2f}, full "
+          f"{times['full bf16'] / times['full']:.2f}; first loss differs by "
+          f"{abs(losses['full bf16'] / losses['full'] - 1):.1e} of it")
+    item = bench_item()
+    print(f"the loader fills a batch of 2 in {2 * item:.2f} s with one process; the fastest step takes {min(times.values()):.2f} s")
+
+
+def bench_memory():
+    for what in ("erm", "ppar", "evaluate-erm", "evaluate-ppar"):
+        done = subprocess.run([sys.executable, __file__, "--peak", what], check=True, capture_output=True, text=True)
+        print(f"peak memory, {what}: {done.stdout.strip()}")
+
+
+def peak(what):
+    """In a process of its own: peak resident memory above what the imports and the weights take."""
+    import torch
+
+    import evaluate
+
+    module, config, step = rn50(what.split("-")[-1])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if what.startswith("evaluate"):
+        score = evaluate.make_scorer(module.net, module.otp, config.tau)
+        for _ in range(2):
+            evaluate.predict(score, torch.randn(3, 1024, 2048), (1024, 2048))
+    else:
+        for _ in range(2):
+            step()
+    print(f"{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024:.0f} MiB above weights and imports")
+
+
+def bench_linear():
+    """Seconds of the same command at two lengths, and at two numbers of scenes to score."""
+    import data
+
+    for key, values in (("steps", (10, 40)), ("images", (10, 40))):
+        seconds = []
+        for value in values:
+            with tempfile.TemporaryDirectory() as folder:
+                code = f"import data, train; data.TOY_SCENES['val'] = {value if key == 'images' else 1}; train.main(train.parse(" \
+                       f"['--targets', 'toy-fog', '--steps', '{value if key == 'steps' else 1}', '--out', '{folder}/run']))"
+                began = time.perf_counter()
+                subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+                seconds.append(time.perf_counter() - began)
+        print(f"{key}: {values[0]} in {seconds[0]:.1f} s, {values[1]} in {seconds[1]:.1f} s: "
+              f"{(seconds[1] - seconds[0]) / (values[1] - values[0]):.3f} s each")
+    assert data.TOY_SCENES
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if unknown := set(given.parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
+    if given.peak:
+        peak(given.peak)
+    else:
+        for part in given.parts or PARTS:
+            globals()[f"bench_{part}"]()

@@ -1,0 +1,115 @@
+"""conftest.py: tiny data sets in the official layouts, written by hand-typed tables that share nothing with data.py.
+
+    from conftest import write_tiny
+    write_tiny(tmp_path, "cityscapes", n=4, size=(48, 64), seed=0, split="val")
+
+Each picture is a chessboard of classes, painted in colours that tell the class (PAINT), so that a test can see from the
+pixels alone which label belongs there.
+"""
+
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+VOID = 255
+PAINT = np.array([(i // 9 * 127, i // 3 % 3 * 127, i % 3 * 127) for i in range(27)], np.uint8)  # row 19: void
+
+CITYSCAPES = dict(zip(range(19), (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)))
+RAW = {  # train id -> raw id as stored, one of them where there are several; VOID -> one that means void
+    "train": {c: c for c in range(19)} | {VOID: 255},
+    "gta5": CITYSCAPES | {VOID: 34},
+    "cityscapes": CITYSCAPES | {VOID: 3},
+    "synthia": dict(zip(range(19), (3, 4, 2, 21, 5, 7, 15, 9, 6, 16, 1, 10, 17, 8, 18, 19, 20, 12, 11))) | {VOID: 22},
+    "mapillary": dict(zip(range(19), (13, 15, 17, 6, 3, 45, 48, 50, 30, 29, 27, 19, 21, 55, 61, 54, 58, 57, 52)))
+    | {VOID: 65},
+    "camvid": {10: 0, 2: 1, 5: 2, 0: 3, 1: 4, 8: 5, 7: 6, 4: 7, 13: 8, 11: 9, 12: 10, VOID: 11},
+}
+
+# (image, label) below the data set's folder, one per variant; s: the split's folder, i: a number
+LAYOUTS = {
+    "gta5": [lambda s, i: (f"images/{i:05d}.png", f"labels/{i:05d}.png"),
+             lambda s, i: (f"images/{s}/{i:05d}.png", f"labels/{s}/{i:05d}.png")],
+    "synthia": [lambda s, i: (f"RGB/{i:07d}.png", f"GT/LABELS/{i:07d}.png")],
+    "cityscapes": [lambda s, i: _cityscapes(s, i, "", "", "labelIds"),
+                   lambda s, i: _cityscapes(s, i, "", "", "labelTrainIds"),
+                   lambda s, i: _cityscapes(s, i, "", "_foggy_beta_0.02", "labelIds"),
+                   lambda s, i: _cityscapes(s, i, "_foggy", "_foggy_beta_0.01", "labelIds"),
+                   lambda s, i: _cityscapes(s, i, "_rain", "_rain_alpha_0.02_beta_0.005", "labelTrainIds")],
+    "bdd": [lambda s, i: (f"images/10k/{s}/{i:08x}-0a.jpg", f"labels/sem_seg/masks/{s}/{i:08x}-0a.png"),
+            lambda s, i: (f"seg/images/{s}/{i:08x}-0a.jpg", f"seg/labels/{s}/{i:08x}-0a_train_id.png"),
+            lambda s, i: (f"images/{s}/{i:08x}-0a.jpg", f"labels/{s}/{i:08x}-0a_train_id.png"),
+            lambda s, i: (f"images/{s}/{i:08x}-0a.jpg", f"labels/{s}/{i:08x}-0a.png")],
+    "mapillary": [lambda s, i: (f"{s}/images/key-{i}_x.jpg", f"{s}/labels/key-{i}_x.png"),
+                  lambda s, i: (f"{s}/images/key-{i}_x.jpg", f"{s}/v1.2/labels/key-{i}_x.png")],
+    "idd": [lambda s, i: _idd(s, i, "png"), lambda s, i: _idd(s, i, "jpg")],
+    "acdc": [lambda s, i: (f"rgb_anon/{_weather(i)}/{s}/GOPR0{i % 2}/GOPR_{i:06d}_rgb_anon.png",
+                           f"gt/{_weather(i)}/{s}/GOPR0{i % 2}/GOPR_{i:06d}_gt_labelTrainIds.png")],
+    "camvid": [lambda s, i: (f"{s}/0001TP_{i:06d}.png", f"{s}annot/0001TP_{i:06d}.png")],
+}
+FOLDERS = {"bdd": "bdd100k"}
+SPLITS = {"gta5": {"val": "valid"}, "mapillary": {"train": "training", "val": "validation"}}
+
+
+def _weather(i):
+    return ("fog", "night", "rain", "snow")[i % 4]
+
+
+def _idd(s, i, end):
+    key = f"{s}/{i % 2}/{i:06d}"
+    return f"leftImg8bit/{key}_leftImg8bit.{end}", f"gtFine/{key}_gtFine_labelcsTrainIds.png"
+
+
+def _cityscapes(s, i, folder, suffix, kind):
+    city = ("aachen", "bochum")[i % 2]
+    key = f"{s}/{city}/{city}_{i:06d}_000019"
+    return f"leftImg8bit{folder}/{key}_leftImg8bit{suffix}.png", f"gtFine/{key}_gtFine_{kind}.png"
+
+
+def write_tiny(root, name, n=4, size=(48, 64), seed=0, split="train", layout=0, cell=8, first=0):
+    """Write n pairs of size (h, w) -> [(image path, label path, train ids (h, w) uint8)], sorted by path."""
+    rng, pairs = np.random.default_rng([seed, first]), []
+    for i in range(first, first + n):
+        image, label = LAYOUTS[name][layout](SPLITS.get(name, {}).get(split, split), i)
+        table = RAW["train" if label.endswith("TrainIds.png") else name if name in RAW else "train"]
+        known = np.array(sorted(table))  # with void
+        classes = rng.choice(known, (-(-size[0] // cell), -(-size[1] // cell))).astype(np.uint8)
+        classes = classes.repeat(cell, 0).repeat(cell, 1)[:size[0], :size[1]]
+        image, label = (Path(root) / FOLDERS.get(name, name) / path for path in (image, label))
+        for path in (image, label):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        fine = {"quality": 95, "subsampling": 0} if image.suffix == ".jpg" else {}
+        Image.fromarray(paint(classes)).save(image, **fine)
+        raw = np.vectorize(table.get)(classes).astype(np.uint8)
+        if name == "synthia":
+            instance = rng.integers(0, 3000, classes.shape)
+            write_png16(label, np.stack([raw, instance, 0 * raw], -1).astype(np.uint16))
+        else:
+            picture = Image.fromarray(raw)
+            if name in ("gta5", "mapillary"):  # P mode, with colours that do not tell all ids apart
+                picture.putpalette([(7 * v // 2) % 256 for v in range(256) for _ in range(3)])
+            picture.save(label)
+        pairs.append((str(image), str(label), classes))
+    return sorted(pairs, key=lambda pair: pair[0])
+
+
+def paint(classes):
+    return PAINT[np.where(classes == VOID, 19, classes)]
+
+
+def write_png16(path, pixels):
+    """(H, W, 3) uint16 as a 16-bit RGB PNG, which Pillow cannot write. Rows are stored as differences."""
+    height, width, _ = pixels.shape
+    rows = pixels.astype(">u2").reshape(height, -1).view(np.uint8)
+    up = np.diff(rows, axis=0, prepend=np.zeros_like(rows[:1]))
+    body = np.concatenate([np.full((height, 1), 2, np.uint8), up], 1).tobytes()
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
+                           + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b""))

@@ -1,0 +1,903 @@
+"""Every statement of theory.md from Eq. 8 on: attacked with random finite domains, brought to equality where it can be,
+and broken by dropping one of its assumptions, so that the test shows what the assumption is for.
+
+A finite set of pixels is a domain, so the inequalities must hold for it exactly; tolerances are for rounding alone.
+"""
+
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import align  # noqa: E402
+import bound  # noqa: E402
+import reweight  # noqa: E402
+from bound import VOID  # noqa: E402
+
+TOL = 1e-9  # all random domains are drawn in float64
+DRAWS = 200
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Thousands of tiny tensors: handing them to several threads costs more than the arithmetic."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def rng(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def units(g, *shape):
+    return F.normalize(torch.randn(*shape, generator=g, dtype=torch.float64), dim=-1)
+
+
+def uniform(g, low, high):
+    return low + (high - low) * torch.rand((), generator=g).item()
+
+
+def random_prototypes(g, crowded=None):
+    """K unit vectors, sometimes crowded together as CLIP's text is."""
+    k, d = int(torch.randint(2, 9, (1,), generator=g)), int(torch.randint(2, 24, (1,), generator=g))
+    common = units(g, 1, d) * uniform(g, 0, 3)
+    return F.normalize(units(g, k, d) + common, dim=1)
+
+
+def random_domain(g, prototypes, classes=None, n=None):
+    """Pixels anywhere between their prototype and chaos, some void, some classes absent."""
+    k, d = prototypes.shape
+    n = n or int(torch.randint(1, 60, (1,), generator=g))
+    if classes is None:
+        size = int(torch.randint(1, k + 1, (1,), generator=g))
+        classes = torch.randperm(k, generator=g)[:size]
+    label = classes[torch.randint(0, len(classes), (n,), generator=g)]
+    emb = F.normalize(prototypes[label] + uniform(g, 0, 3) * units(g, n, d), dim=1)
+    if torch.rand((), generator=g) < 0.5:
+        emb[: n // 3] = units(g, n // 3, d)
+    label = label.where(torch.rand(n, generator=g) > 0.2, torch.tensor(VOID))
+    label[-1] = classes[0]  # one labelled pixel at least (assumption 3)
+    return emb, label
+
+
+def class_means(value, label, k):
+    return torch.stack([value[label == c].mean() for c in range(k)])
+
+
+def own_shares(label, k):
+    return bound.class_shares(label, k)
+
+
+def both_bounds(prototypes, tau, source, target):
+    """(left, right of Eq. 13, right of Eq. 12) from the functions of bound.py."""
+    k, basis = len(prototypes), bound.span_basis(prototypes)
+    hub, steep = bound.hub_loss(prototypes, tau), bound.lipschitz_per_class(prototypes, tau)
+    share_s, share_t = own_shares(source[1], k), own_shares(target[1], k)
+    right = bound.hub_bound(bound.risk(*source, prototypes, tau), bound.alignment_radius(*source, prototypes),
+                            bound.alignment_radius(*target, prototypes), bound.hub_slope(prototypes, tau).max().item(),
+                            bound.lipschitz_constant(prototypes, tau), bound.oscillation(hub, share_s, share_t),
+                            bound.total_variation(share_s, share_t))
+    along = class_means(bound.distance(target[0] @ basis, target[1], prototypes @ basis), target[1], k)
+    return bound.risk(*target, prototypes, tau), bound.direct_bound(share_t, hub, steep, along), right
+
+
+# ---------------------------------------------------------------------------------------------------------- Eq. 8, 9
+
+
+def test_score_loss_is_the_formula_in_plain_loops_and_void_counts_for_nothing():
+    g = rng(0)
+    p = random_prototypes(g)
+    emb, label = random_domain(g, p, n=12)
+    tau, total, count = 0.3, 0.0, 0
+    loss = bound.score_loss(emb, label, p, tau)
+    for z, y, value in zip(emb, label.tolist(), loss.tolist()):
+        if y == VOID:
+            assert value == 0
+            continue
+        expected = math.log(sum(math.exp(float(z @ (p[c] - p[y])) / tau) for c in range(len(p))))
+        assert value == pytest.approx(expected, abs=1e-12)
+        total, count = total + expected, count + 1
+    assert bound.risk(emb, label, p, tau) == pytest.approx(total / count, abs=1e-12)
+    without = bound.risk(emb[label != VOID], label[label != VOID], p, tau)
+    assert without == pytest.approx(bound.risk(emb, label, p, tau), abs=1e-12)
+
+
+def test_risk_is_the_alignment_loss_of_eq_3_at_the_otp():
+    g = rng(1)
+    p, emb = units(g, 5, 8).float(), units(g, 2, 3, 4, 8).float().permute(0, 3, 1, 2)
+    label = torch.randint(0, 5, (2, 3, 4), generator=g)
+    label[0, 0] = VOID
+    weight = torch.rand(2, 3, 4, generator=g)
+    flat = emb.permute(0, 2, 3, 1).reshape(-1, 8)
+    for w in (None, weight):
+        expected = align.alignment_loss(emb, label, p, 0.1, w).item()
+        assert bound.risk(flat, label.flatten(), p, 0.1, None if w is None else w.flatten()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_domain_without_labelled_pixels_is_refused():
+    p = units(rng(2), 3, 4)
+    with pytest.raises(ValueError, match="no labelled pixel"):
+        bound.risk(p, torch.full((3,), VOID), p, 0.1)
+
+
+def test_wrong_pixels_are_at_most_the_risk_over_log_2_and_no_loss_exceeds_the_ceiling():
+    for seed in range(DRAWS):
+        g = rng(seed)
+        p, tau = random_prototypes(g), uniform(g, 0.03, 1)
+        emb, label = random_domain(g, p)
+        valid = label != VOID
+        wrong = ((emb @ p.T).argmax(1) != label)[valid].double().mean().item()
+        assert wrong <= bound.risk(emb, label, p, tau) / math.log(2) + TOL
+        assert bound.score_loss(emb, label, p, tau).max().item() <= bound.loss_ceiling(p, tau) + TOL
+
+
+def slope(z, y, p, tau):
+    z = z.clone().requires_grad_()
+    bound.score_loss(z[None], torch.tensor([y]), p, tau).sum().backward()
+    return z.grad
+
+
+def test_lipschitz_constant_against_autograd():
+    """Never exceeded, in the local form of Eq. 9 either, and approached far out in the direction of the farthest rival."""
+    for seed in range(60):
+        g = rng(seed)
+        p, tau = random_prototypes(g), uniform(g, 0.05, 1)
+        steep = bound.lipschitz_per_class(p, tau)
+        assert bound.lipschitz_constant(p, tau) == pytest.approx(max(
+            float((a - b).norm()) for a in p for b in p) / tau)
+        for y in range(len(p)):
+            z = uniform(g, 0, 3) * units(g, p.shape[1])
+            size = slope(z, y, p, tau).norm()
+            trust = math.exp(-bound.score_loss(z[None], torch.tensor([y]), p, tau).item())
+            assert size <= (1 - trust) * steep[y] + TOL
+            far = p[(p - p[y]).norm(dim=1).argmax()]
+            gap = (1 - p @ far).sort().values[1].item()  # how clearly `far` wins along its own direction
+            assert slope(40 * tau / gap * far, y, p, tau).norm() >= 0.999 * steep[y]
+
+
+def test_loss_differences_stay_below_the_lipschitz_constant():
+    for seed in range(DRAWS):
+        g = rng(seed)
+        p, tau = random_prototypes(g), uniform(g, 0.03, 1)
+        a, b = units(g, 20, p.shape[1]), units(g, 20, p.shape[1])
+        label = torch.randint(0, len(p), (20,), generator=g)
+        rise = (bound.score_loss(a, label, p, tau) - bound.score_loss(b, label, p, tau)).abs()
+        assert (rise <= bound.lipschitz_per_class(p, tau)[label] * (a - b).norm(dim=1) + TOL).all()
+
+
+def test_a_lipschitz_constant_without_the_temperature_fails():
+    p, tau = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), 0.1
+    rise = (bound.score_loss(p[1:], torch.tensor([0]), p, tau) - bound.score_loss(p[:1], torch.tensor([0]), p, tau)).item()
+    assert rise > bound.lipschitz_constant(p, 1.0) * 2  # the two points are 2 apart
+    assert rise <= bound.lipschitz_constant(p, tau) * 2
+
+
+# --------------------------------------------------------------------------------------------------------- Eq. 10, 11
+
+
+def test_hub_slope_is_the_gradient_at_the_prototype():
+    for seed in range(40):
+        g = rng(seed)
+        p, tau = random_prototypes(g), uniform(g, 0.05, 1)
+        hub, flat, steep = bound.hub_loss(p, tau), bound.hub_slope(p, tau), bound.lipschitz_per_class(p, tau)
+        for y in range(len(p)):
+            assert slope(p[y], y, p, tau).norm().item() == pytest.approx(flat[y].item(), abs=1e-9)
+        assert (hub > 0).all() and (hub <= math.log(len(p)) + TOL).all()
+        assert (flat <= (1 - torch.exp(-hub)) * steep + TOL).all()
+
+
+def test_the_loss_is_held_between_the_two_cones_at_the_prototype():
+    for seed in range(DRAWS):
+        g = rng(seed)
+        p, tau = random_prototypes(g), uniform(g, 0.03, 1)
+        emb, label = random_domain(g, p)
+        emb, label = emb[label != VOID], label[label != VOID]
+        rise = bound.score_loss(emb, label, p, tau) - bound.hub_loss(p, tau)[label]
+        way = bound.distance(emb, label, p)
+        assert (rise <= bound.lipschitz_per_class(p, tau)[label] * way + TOL).all()
+        assert (rise >= -bound.hub_slope(p, tau)[label] * way - TOL).all()
+
+
+def test_the_slope_at_the_prototype_is_too_small_for_the_way_up():
+    p, tau = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), 0.1
+    rise = bound.score_loss(p[1:], torch.tensor([0]), p, tau) - bound.hub_loss(p, tau)[0]
+    assert rise > bound.hub_slope(p, tau)[0] * 2
+
+
+def test_what_is_orthogonal_to_all_differences_does_not_change_the_loss():
+    for seed in range(DRAWS):
+        g = rng(seed)
+        p, tau = random_prototypes(g), uniform(g, 0.03, 1)
+        basis = bound.span_basis(p)
+        assert basis.shape[1] < len(p)
+        assert torch.allclose(basis.T @ basis, torch.eye(basis.shape[1], dtype=p.dtype), atol=1e-9)
+        emb, label = random_domain(g, p)
+        other = 2 * torch.randn(emb.shape, generator=g, dtype=torch.float64)
+        other = other - other @ basis @ basis.T
+        loss = bound.score_loss(emb, label, p, tau)
+        assert torch.allclose(bound.score_loss(emb + other, label, p, tau), loss, atol=1e-7)
+        along, way = bound.distance(emb @ basis, label, p @ basis), bound.distance(emb, label, p)
+        assert (along <= way + TOL).all()
+        valid = label != VOID
+        rise = (loss - bound.hub_loss(p, tau)[label.where(valid, torch.tensor(0))])[valid]
+        steep = bound.lipschitz_per_class(p, tau)[label[valid]]
+        assert (rise <= steep * along[valid] + TOL).all()
+
+
+def test_with_one_direction_of_the_span_left_out_the_bound_fails():
+    p, tau = torch.eye(3, dtype=torch.float64), 0.1
+    basis = bound.span_basis(p)
+    assert basis.shape == (3, 2)
+    rest = torch.tensor([[1.0], [1.0], [-2.0]], dtype=torch.float64) / 6 ** 0.5  # the span without p_1 - p_0
+    emb, label = p[1:2], torch.tensor([0])  # a pixel of class 0 on the prototype of class 1
+    rise = bound.score_loss(emb, label, p, tau) - bound.hub_loss(p, tau)[0]
+    along = bound.distance(emb @ rest, label, p @ rest)
+    assert rise > bound.lipschitz_per_class(p, tau)[0] * along
+    assert rise <= bound.lipschitz_per_class(p, tau)[0] * bound.distance(emb @ basis, label, p @ basis)
+
+
+# --------------------------------------------------------------------------------------------------------- Eq. 12, 13
+
+
+def test_both_bounds_hold_on_random_domains_and_the_direct_one_is_never_larger():
+    gaps, absent = 0, 0
+    for seed in range(2 * DRAWS):
+        g = rng(seed)
+        p, tau = random_prototypes(g), uniform(g, 0.03, 1)
+        source, target = random_domain(g, p), random_domain(g, p)
+        left, direct, right = both_bounds(p, tau, source, target)
+        assert left <= direct + TOL
+        assert direct <= right + 1e-7
+        gaps += int((source[1] == VOID).any() and (target[1] == VOID).any())
+        absent += int(set(target[1].tolist()) - set(source[1].tolist()) - {VOID} != set())
+    assert gaps > 50 and absent > 50, "the draws must contain void pixels and classes that only the target has"
+
+
+def test_the_hub_bound_is_an_equality_when_pixels_have_arrived_and_shares_are_opposite():
+    p = F.normalize(torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.4, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64), dim=1)
+    tau = 0.2
+    hub = bound.hub_loss(p, tau)
+    best, worst = int(hub.argmin()), int(hub.argmax())
+    source, target = ((p[c].expand(4, 3), torch.full((4,), c)) for c in (best, worst))
+    left, direct, right = both_bounds(p, tau, source, target)
+    assert hub[worst] - hub[best] > 0.1
+    assert left == pytest.approx(right, abs=1e-12) and left == pytest.approx(direct, abs=1e-12)
+
+
+def test_the_hub_bound_without_the_class_share_term_fails():
+    p = F.normalize(torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.4, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64), dim=1)
+    hub = bound.hub_loss(p, 0.2)
+    source, target = ((p[c].expand(4, 3), torch.full((4,), c)) for c in (int(hub.argmin()), int(hub.argmax())))
+    assert bound.risk(*target, p, 0.2) > bound.risk(*source, p, 0.2) + 0.1  # both radii are 0
+
+
+def test_without_a_common_hub_the_bound_fails():
+    """Prototypes of each domain's own: all radii are 0, and the target is as wrong as can be."""
+    p, tau = torch.eye(4, dtype=torch.float64), 0.1
+    label = torch.arange(4)
+    target_means = p.roll(1, 0)  # the target's pixels of each class sit where another class's prototype is
+    emb = target_means[label]
+    own_radius = bound.alignment_radius(emb, label, target_means)
+    assert own_radius == 0
+    right = bound.hub_bound(bound.risk(p, label, p, tau), bound.alignment_radius(p, label, p), own_radius,
+                            bound.hub_slope(p, tau).max().item(), bound.lipschitz_constant(p, tau), 0.0, 0.0)
+    assert bound.risk(emb, label, p, tau) > right + 5
+    assert both_bounds(p, tau, (p, label), (emb, label))[2] >= bound.risk(emb, label, p, tau)  # with the common hub it holds
+
+
+def test_a_radius_to_the_nearest_prototype_does_not_bound_the_risk():
+    p, tau, label = torch.eye(3, dtype=torch.float64), 0.1, torch.arange(3)
+    emb = p.roll(1, 0)
+    nearest = torch.cdist(emb, p).amin(1).mean().item()
+    assert nearest == pytest.approx(0, abs=1e-6)
+    assert bound.risk(emb, label, p, tau) > bound.hub_loss(p, tau).max() + bound.lipschitz_constant(p, tau) * nearest + 5
+
+
+def test_void_pixels_counted_on_one_side_break_the_bound():
+    """A void pixel counted as distance 0 shrinks the radius; the risk of the labelled pixels stays."""
+    p, tau = torch.eye(2, dtype=torch.float64), 0.1
+    emb, label = p[[1] + [0] * 99], torch.tensor([0] + [VOID] * 99)
+    diluted = bound.distance(emb, label, p).mean().item()
+    assert bound.risk(emb, label, p, tau) > bound.hub_loss(p, tau)[0] + bound.lipschitz_constant(p, tau) * diluted
+    assert bound.risk(emb, label, p, tau) <= (bound.hub_loss(p, tau)[0] + bound.lipschitz_constant(p, tau)
+                                              * bound.alignment_radius(emb, label, p))
+
+
+# --------------------------------------------------------------------------------------------------------- Eq. 14, 15
+
+
+def wasserstein(a, b):
+    """W_1 between two uniform distributions on equally many points: the best of all pairings (Birkhoff's theorem)."""
+    cost = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").numpy()
+    pairings = np.array(list(itertools.permutations(range(len(a)))))
+    return float(cost[np.arange(len(a)), pairings].sum(1).min()) / len(a)
+
+
+def test_reach_bounds_radius_and_risk_of_an_unseen_target():
+    """Two sources; S* mixes them 1:1 or takes one; target anywhere. One class at a time, then averaged over shares."""
+    for seed in range(60):
+        g = rng(seed)
+        p, tau = random_prototypes(g), uniform(g, 0.03, 1)
+        share = torch.rand(len(p), generator=g, dtype=torch.float64)
+        share = share / share.sum()
+        steep, left, right = bound.lipschitz_per_class(p, tau), 0.0, 0.0
+        for y in range(len(p)):
+            def pixels(n):
+                return F.normalize(p[y] + uniform(g, 0, 2) * units(g, n, p.shape[1]), dim=1)
+
+            first, second, target = pixels(3), pixels(3), pixels(6)
+            hull = torch.cat([first, second]) if seed % 2 else first.repeat(2, 1)
+            gamma, label = wasserstein(target, hull), torch.full((6,), y)
+            assert bound.alignment_radius(target, label, p) <= bound.alignment_radius(hull, label, p) + gamma + TOL
+            left += share[y].item() * bound.risk(target, label, p, tau)
+            right += share[y].item() * (bound.risk(hull, label, p, tau) + steep[y].item() * gamma)
+            low, high = abs(bound.alignment_radius(target, label, p) - bound.alignment_radius(hull, label, p)), (
+                bound.alignment_radius(target, label, p) + bound.alignment_radius(hull, label, p))
+            low = max(low, (target.mean(0) - hull.mean(0)).norm().item(),
+                      abs(bound.risk(target, label, p, tau) - bound.risk(hull, label, p, tau)) / steep[y].item())
+            assert low - TOL <= gamma <= high + TOL  # Eq. 15
+        assert left <= right + TOL
+
+
+def test_reach_is_an_equality_when_the_target_is_the_source_pushed_away_from_its_prototype():
+    p = torch.eye(3, dtype=torch.float64)
+    source = p[:1] + torch.tensor([[0.0, 0.1, 0.0], [0.0, 0.3, 0.0]], dtype=torch.float64)  # Eq. 14 needs no unit length
+    target = source + torch.tensor([0.0, 0.5, 0.0], dtype=torch.float64)
+    label = torch.zeros(2, dtype=torch.long)
+    gamma = wasserstein(target, source)
+    assert bound.alignment_radius(target, label, p) == pytest.approx(bound.alignment_radius(source, label, p) + gamma)
+
+
+def test_a_target_outside_the_reach_breaks_the_promise():
+    p, tau = torch.eye(2, dtype=torch.float64), 0.1
+    source, target, label = p[:1], p[1:], torch.tensor([0])
+    for gamma, kept in ((0.0, False), (wasserstein(target, source), True)):
+        promised = bound.risk(source, label, p, tau) + bound.lipschitz_constant(p, tau) * gamma
+        assert (bound.risk(target, label, p, tau) <= promised + TOL) is kept
+
+
+# --------------------------------------------------------------------------------------------------------- Eq. 16, 17
+
+
+def test_two_legs_and_the_debt_of_the_schedule():
+    for seed in range(DRAWS):
+        g = rng(seed)
+        otp, tau, lam = random_prototypes(g), uniform(g, 0.03, 1), uniform(g, 0, 1)
+        near = gap = far = widest = risk_near = risk_far = 0.0
+        images = 3
+        for _ in range(images):  # each image has its own VTP; equally many labelled pixels in each, hence plain means
+            vtp = F.normalize(otp + uniform(g, 0, 2) * units(g, *otp.shape), dim=1)
+            emb, label = random_domain(g, otp, n=10)
+            label = label.where(label != VOID, label[-1])
+            near += bound.alignment_radius(emb, label, vtp) / images
+            far += bound.alignment_radius(emb, label, otp) / images
+            gap += bound.prototype_gap(label, vtp, otp) / images
+            widest += (vtp - otp).norm(dim=1).max().item() / images
+            risk_near += bound.risk(emb, label, vtp, tau) / images
+            risk_far += bound.risk(emb, label, otp, tau) / images
+        assert far <= near + gap + TOL
+        assert far <= (1 - lam) * near + lam * far + (1 - lam) * gap + TOL
+        assert risk_far <= risk_near + (gap + widest) / tau + TOL
+        assert risk_far <= (1 - lam) * risk_near + lam * risk_far + (1 - lam) * (gap + widest) / tau + TOL
+
+
+def test_two_legs_are_an_equality_when_the_pixel_stands_on_its_vtp():
+    g = rng(5)
+    otp, vtp = units(g, 4, 6), units(g, 4, 6)
+    label = torch.tensor([0, 1, 2, 3, VOID])
+    emb = torch.cat([vtp, units(g, 1, 6)])
+    assert bound.alignment_radius(emb, label, vtp) == 0
+    assert bound.alignment_radius(emb, label, otp) == pytest.approx(bound.prototype_gap(label, vtp, otp))
+
+
+def test_two_legs_with_the_vtp_of_another_image_fail():
+    otp = torch.eye(2, dtype=torch.float64)
+    mine, other = otp.clone(), otp.roll(1, 0)  # my VTP is the OTP; another image's are exchanged
+    emb, label = other[:1], torch.tensor([0])
+    near, gap = bound.alignment_radius(emb, label, other), bound.prototype_gap(label, mine, otp)
+    assert bound.alignment_radius(emb, label, otp) > near + gap + 1
+
+
+def test_legs_of_the_loss_without_the_temperature_fail():
+    otp, tau = torch.eye(2, dtype=torch.float64), 0.05
+    vtp, label = otp.roll(1, 0), torch.tensor([0])
+    emb = vtp[:1]
+    gap, widest = bound.prototype_gap(label, vtp, otp), (vtp - otp).norm(dim=1).max().item()
+    rise = bound.risk(emb, label, otp, tau) - bound.risk(emb, label, vtp, tau)
+    assert gap + widest < rise <= (gap + widest) / tau
+
+
+@pytest.mark.parametrize("name, debt", [("progressive", 0), ("otp", 0), ("both", 0.5), ("vtp", 1), ("reversed", 1)])
+def test_debt_at_the_end_of_each_schedule_is_that_of_the_table(name, debt):
+    assert 1 - align.SCHEDULES[name](align.progress(100, 100, 0.1, 0.6)) == pytest.approx(debt)
+
+
+# --------------------------------------------------------------------------------------------------------- Eq. 18 to 21
+
+
+def within_class_covariance(weight, value, label, k):
+    """sum_y pi(y) Cov_y(w, f), by its definition."""
+    share, total = own_shares(label, k), 0.0
+    for y in range(k):
+        w, f = weight[label == y].double(), value[label == y].double()
+        if len(w):
+            total += share[y].item() * ((w * f).mean() - w.mean() * f.mean()).item()
+    return total
+
+
+def grid(x):
+    return x.view(1, 1, *x.shape)
+
+
+def weights_of(emb, label, p, tau_w, ramp, w_min, per_class=True):
+    rel = reweight.reliability(emb.T[None, :, None], grid(label), p, tau_w)
+    return reweight.learning_weights(rel, grid(label), ramp, w_min, per_class)[0, 0].double()
+
+
+def test_change_of_radius_and_risk_is_the_covariance_within_classes():
+    for seed in range(DRAWS):
+        g = rng(seed)
+        p, tau = random_prototypes(g), uniform(g, 0.05, 1)
+        emb, label = random_domain(g, p)
+        w = weights_of(emb, label, p, uniform(g, 0.05, 1), uniform(g, 0, 1), uniform(g, 0, 0.9))
+        for value in (bound.distance(emb, label, p), bound.score_loss(emb, label, p, tau)):
+            change = bound.labelled_mean(value, label, w) - bound.labelled_mean(value, label)
+            assert change == pytest.approx(within_class_covariance(w, value, label, len(p)), abs=1e-5)
+
+
+def test_weights_that_fall_with_the_distance_inside_each_class_never_raise_the_radius():
+    for seed in range(DRAWS):
+        g = rng(seed)
+        p = random_prototypes(g)
+        emb, label = random_domain(g, p)
+        far = bound.distance(emb, label, p)
+        raw = torch.exp(-uniform(g, 0, 5) * far).clamp_min(uniform(g, 0, 0.9))
+        means = class_means(raw, label, len(p)).nan_to_num(1.0)
+        w = raw / means[label.where(label != VOID, torch.tensor(0))]
+        assert bound.alignment_radius(emb, label, p, w) <= bound.alignment_radius(emb, label, p) + TOL
+
+
+def test_constant_weights_or_constant_distances_leave_the_radius():
+    p = torch.eye(2, dtype=torch.float64)
+    emb, label = torch.stack([p[0], -p[0], p[1], -p[1]]), torch.tensor([0, 0, 1, 1])
+    assert bound.alignment_radius(emb, label, p, torch.ones(4).double()) == bound.alignment_radius(emb, label, p)
+    turned = p[[1, 1, 0, 0]] * torch.tensor([[1], [-1], [1], [-1]])  # all at distance sqrt(2) from their prototype
+    w = torch.tensor([1.9, 0.1, 0.4, 1.6]).double()
+    assert bound.alignment_radius(turned, label, p, w) == pytest.approx(bound.alignment_radius(turned, label, p))
+
+
+def test_weights_that_rise_with_the_distance_raise_the_radius():
+    p = torch.eye(2, dtype=torch.float64)
+    emb, label = torch.stack([p[0], p[1]]), torch.tensor([0, 0])
+    assert bound.alignment_radius(emb, label, p, torch.tensor([0.5, 1.5])) > bound.alignment_radius(emb, label, p)
+
+
+def test_with_one_mean_for_all_classes_a_falling_weight_can_raise_the_radius():
+    """Inside each class the weight falls with the distance; but all of the near class gets less than all of the far one."""
+    p = torch.eye(3, dtype=torch.float64)
+    near = F.normalize(p[:1] + torch.tensor([[0.0, 0.0, 0.1], [0.0, 0.0, 0.2]]).double(), dim=1)
+    far = F.normalize(p[1:2] + torch.tensor([[0.0, 0.0, 2.0], [0.0, 0.0, 3.0]]).double(), dim=1)
+    emb, label = torch.cat([near, far]), torch.tensor([0, 0, 1, 1])
+    raw = torch.tensor([0.2, 0.1, 1.1, 1.0]).double()
+    assert bound.alignment_radius(emb, label, p, raw / raw.mean()) > bound.alignment_radius(emb, label, p) + 0.1
+    per_class = raw / raw.view(2, 2).mean(1).repeat_interleave(2)
+    assert bound.alignment_radius(emb, label, p, per_class) < bound.alignment_radius(emb, label, p)
+
+
+def test_weights_from_the_otp_at_the_same_temperature_never_raise_the_risk():
+    strict = 0
+    for seed in range(DRAWS):
+        g = rng(seed)
+        p, tau = random_prototypes(g), uniform(g, 0.05, 1)
+        emb, label = random_domain(g, p)
+        w = weights_of(emb, label, p, tau, uniform(g, 0, 1), uniform(g, 0, 0.9))
+        before, after = bound.risk(emb, label, p, tau), bound.risk(emb, label, p, tau, w)
+        assert after <= before + 1e-5
+        strict += after < before - 1e-3
+    assert strict > DRAWS / 2
+
+
+def test_weights_at_another_temperature_can_raise_the_risk():
+    """One strong competitor against many weak ones: tau and tau_w disagree on which pixel is worse."""
+    p, tau, tau_w = torch.eye(12, dtype=torch.float64), 2.0, 0.05
+    strong = F.normalize(p[0] + 1.05 * p[1], dim=0)  # just lost to one rival
+    weak = F.normalize(2 * p[0] + p[1:].sum(0), dim=0)  # in front of all, but hardly
+    emb, label = torch.stack([strong, weak]), torch.zeros(2, dtype=torch.long)
+    w = weights_of(emb, label, p, tau_w, 1.0, 0.0)
+    assert bound.risk(emb, label, p, tau, w) > bound.risk(emb, label, p, tau) + 1e-3
+    w = weights_of(emb, label, p, tau, 1.0, 0.0)
+    assert bound.risk(emb, label, p, tau, w) <= bound.risk(emb, label, p, tau) + 1e-6
+
+
+def harmful_terms(clean, harmful, target, w_clean, w_harmful):
+    """(W_1 from the target to the weighted source, gamma, distortion of clean pixels, harmful mass left) of one class.
+
+    All weights are multiples of 1 / 6 of the class, so that each distribution is uniform on 6 points with repetition.
+    """
+    eta = len(harmful) / (len(clean) + len(harmful))
+    source = torch.cat([clean.repeat_interleave(w_clean, 0), harmful.repeat_interleave(w_harmful, 0)])
+    copies = 6 // len(clean)
+    scale = (len(clean) + len(harmful)) / (w_clean.sum() + w_harmful.sum())  # mean weight 1
+    w_c = w_clean * scale
+    distortion = (w_c / w_c.mean() - 1).abs().mean().item()
+    return wasserstein(target, source), wasserstein(target, clean.repeat(copies, 1)), distortion, (
+        2 * eta * (w_harmful * scale).mean().item())
+
+
+def test_reach_of_a_contaminated_source_under_weights():
+    cases = [((3, 2), (1,)), ((2, 2), (2,)), ((1, 4), (1,)), ((5, 0), (1,)), ((3, 3), (0,)), ((0, 4), (2,))]
+    for seed in range(60):
+        g = rng(seed)
+        w_clean, w_harmful = (torch.tensor(w) for w in cases[seed % len(cases)])
+        clean, target = units(g, 2, 4), units(g, 6, 4)
+        if seed % 2:
+            target = clean.repeat(3, 1)  # gamma = 0: what is left is what the weights and the contamination do
+        w1, gamma, distortion, left_over = harmful_terms(clean, units(g, 1, 4), target, w_clean, w_harmful)
+        assert w1 <= gamma + distortion + left_over + TOL
+
+
+def test_harmful_reach_is_an_equality_for_opposite_points_and_fails_without_either_term():
+    clean = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    target = clean.repeat(6, 1)
+    w1, gamma, distortion, left_over = harmful_terms(clean, -clean, target, torch.tensor([5]), torch.tensor([1]))
+    assert gamma == distortion == 0 and w1 == pytest.approx(left_over) and w1 > 0.3  # fails without the harmful term
+    clean = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)  # hard but clean pixels, weighted away
+    w1, gamma, distortion, left_over = harmful_terms(clean, clean[:1], clean.repeat(3, 1), torch.tensor([6, 0]),
+                                                     torch.tensor([0]))
+    assert gamma == left_over == 0 and w1 == pytest.approx(distortion) and w1 > 0.9  # ... and without the distortion
+
+
+def test_class_shares_under_weights():
+    moved = 0
+    for seed in range(DRAWS):
+        g = rng(seed)
+        p, tau = random_prototypes(g), uniform(g, 0.05, 1)
+        k = len(p)
+        emb, label = random_domain(g, p)
+        share_t = torch.rand(k, generator=g, dtype=torch.float64)
+        before = own_shares(label, k)
+        share_t[before == 0] = 0
+        share_t = share_t / share_t.sum()
+        for per_class in (True, False):
+            w = weights_of(emb, label, p, tau, 1.0, 0.1, per_class)
+            after = bound.class_shares(label, k, w)
+            mean = class_means(w, label, k).nan_to_num(1.0)
+            assert bound.total_variation(after, before) == pytest.approx(0.5 * (before * (mean - 1).abs()).sum().item(), abs=1e-6)
+            if per_class:
+                assert bound.total_variation(after, before) < 1e-6
+            else:
+                moved += bound.total_variation(after, before) > 1e-2
+            loss = bound.score_loss(emb, label, p, tau)
+            per = torch.stack([(w * loss)[label == c].sum() / w[label == c].sum() for c in range(k)]).nan_to_num(0.0)
+            present = after > 0
+            ratio = (share_t[present] / after[present]).max().item()
+            assert (share_t * per).sum().item() <= ratio * bound.risk(emb, label, p, tau, w) * (1 + 1e-6) + 1e-6
+    assert moved > DRAWS / 2
+
+
+def test_a_ratio_of_shares_that_forgets_the_weights_fails():
+    """A starved class: training's risk is small, the target's is not, and the unweighted ratio does not see it."""
+    p, tau = torch.eye(2, dtype=torch.float64), 0.1
+    emb, label = torch.cat([p[:1].repeat(9, 1), p[:1]]), torch.tensor([0] * 9 + [1])  # class 1 lies on class 0's place
+    w = torch.tensor([1.1] * 9 + [0.1], dtype=torch.float64)
+    before = own_shares(label, 2)
+    per = torch.stack([bound.hub_loss(p, tau)[0], bound.score_loss(emb, label, p, tau)[-1]])
+    wanted = (before * per).sum().item()  # the target has the shares of the unweighted source: rho = 1 without weights
+    training = bound.risk(emb, label, p, tau, w)
+    assert wanted > 5 * training
+    assert wanted <= (before / bound.class_shares(label, 2, w)).max().item() * training + TOL
+
+
+# --------------------------------------------------------------------------------------------------------- Eq. 22 to 24
+
+
+def test_effective_sample_size_against_a_simulation():
+    g = rng(7)
+    for spread in (0.0, 0.5, 2.0):
+        w = torch.exp(spread * torch.randn(200, generator=g, dtype=torch.float64))
+        draws = torch.randn(20000, 200, generator=g, dtype=torch.float64)
+        variance = ((draws @ w) / w.sum()).var().item()
+        assert 1 / variance == pytest.approx(bound.effective_sample_size(w), rel=0.05)
+    assert bound.effective_sample_size(torch.ones(50)) == pytest.approx(50)
+    assert bound.effective_sample_size(7 * w) == pytest.approx(bound.effective_sample_size(w))
+    assert bound.effective_sample_size(torch.tensor([3.0, 0, 0])) == pytest.approx(1)
+    cv = w.std(unbiased=False) / w.mean()
+    assert bound.effective_sample_size(w) == pytest.approx((200 / (1 + cv ** 2)).item())
+
+
+def simulate_images(g, runs, images, cells):
+    """Images of random size whose pixels all agree with each other: labelled counts W (runs, images) and values x in {0, 1}."""
+    labelled = torch.randint(1, cells + 1, (runs, images), generator=g).double()
+    value = (torch.rand(runs, images, generator=g) < 0.5).double()
+    return labelled, value
+
+
+def test_coverage_of_the_concentration_over_images():
+    """Ratio of random sums, dependent pixels: the mean 1/2 is missed by less than delta of the runs."""
+    g, delta, cells, images = rng(8), 0.05, 50, 30
+    labelled, value = simulate_images(g, 4000, images, cells)
+    estimate = (labelled * value).sum(1) / labelled.sum(1)
+    n = labelled.sum(1) ** 2 / (images * cells ** 2)
+    assert (n <= labelled.sum(1) ** 2 / (labelled ** 2).sum(1) + TOL).all()
+    assert (labelled.sum(1) ** 2 / (labelled ** 2).sum(1) <= images + TOL).all()
+    term = torch.tensor([bound.concentration(1.0, x, delta) for x in n.tolist()])
+    missed = (0.5 > estimate + term).double().mean().item()
+    assert missed <= delta
+    assert term.mean() < 0.5, "a term that covers everything would prove nothing"
+
+
+def test_counting_pixels_as_independent_breaks_the_coverage():
+    g, delta, cells, images = rng(9), 0.05, 50, 30
+    labelled, value = simulate_images(g, 4000, images, cells)
+    estimate = (labelled * value).sum(1) / labelled.sum(1)
+    term = torch.tensor([bound.concentration(1.0, x, delta) for x in labelled.sum(1).tolist()])
+    assert (0.5 > estimate + term).double().mean().item() > 5 * delta
+
+
+def test_concentration_is_hoeffdings_number():
+    assert bound.concentration(2.0, 100, 0.05) == pytest.approx(2 * math.sqrt(math.log(20) / 200))
+
+
+def test_the_combined_source_term_lies_in_the_interval_that_the_concentration_uses():
+    for seed in range(DRAWS):
+        g = rng(seed)
+        p, tau = random_prototypes(g), uniform(g, 0.03, 1)
+        emb, label = random_domain(g, p)
+        emb, label = emb[label != VOID], label[label != VOID]
+        slope_hub = bound.hub_slope(p, tau).max().item()
+        f = bound.score_loss(emb, label, p, tau) + slope_hub * bound.distance(emb, label, p) - bound.hub_loss(p, tau)[label]
+        assert f.min() >= -TOL and f.max() <= 2 * (bound.lipschitz_constant(p, tau) + slope_hub) + TOL
+
+
+def test_the_whole_chain_on_finite_domains():
+    """Eq. 24 with sample = population: shares moved and pixels moved at once."""
+    for seed in range(DRAWS):
+        g = rng(seed)
+        p, tau = random_prototypes(g), uniform(g, 0.03, 1)
+        k = len(p)
+        emb, label = random_domain(g, p)
+        emb, label = emb[label != VOID], label[label != VOID]
+        moved = F.normalize(emb + uniform(g, 0, 1) * units(g, *emb.shape), dim=1)
+        gamma = class_means((moved - emb).norm(dim=1), label, k).nan_to_num(0.0)  # one coupling, hence at least W_1
+        share_s = own_shares(label, k)
+        share_t = torch.rand(k, generator=g, dtype=torch.float64) * (share_s > 0)
+        share_t = share_t / share_t.sum()
+        left = (share_t * class_means(bound.score_loss(moved, label, p, tau), label, k).nan_to_num(0.0)).sum().item()
+        rho = (share_t / share_s)[share_s > 0].max().item()
+        right = rho * bound.risk(emb, label, p, tau) + (share_t * bound.lipschitz_per_class(p, tau) * gamma).sum().item()
+        assert left <= right + TOL
+
+
+def test_rank_correlation():
+    assert bound.rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
+    assert bound.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert bound.rank_correlation([1, 2, 3, 4, 5], [5, 6, 7, 8, 7]) == pytest.approx(0.8207826817)  # with a tie
+
+
+# ------------------------------------------------------------------------------- the measurement: streaming equals the whole
+
+
+class TinyNet(torch.nn.Module):
+    """Stride 4, embeddings that depend on the image alone; stands for SegmentationNet."""
+
+    encoder = SimpleNamespace(multiple=8)
+
+    def __init__(self, dim):
+        super().__init__()
+        torch.manual_seed(3)
+        self.conv = torch.nn.Conv2d(3, dim, 4, stride=4)
+
+    def forward(self, image):
+        emb = F.normalize(self.conv(image), dim=1)
+        return None, emb, F.normalize(emb.mean((2, 3)), dim=1)
+
+
+class TinyVTP(torch.nn.Module):
+    def forward(self, otp, emb, pooled):
+        return F.normalize(otp + 0.5 * pooled[:, None], dim=-1)
+
+
+SIZES = [(24, 40), (21, 35), (16, 16), (24, 40), (8, 24)]  # some are no multiple of the stride, one is all void
+
+
+@pytest.fixture
+def world(monkeypatch, tmp_path):
+    """Five small images per domain through the real bound.measure; only reading files is replaced."""
+    data = pytest.importorskip("data")
+    k, dim = 6, 10
+    items = [SimpleNamespace(dataset="drawn", number=i, shift=0.0) for i in range(len(SIZES))]
+
+    def list_items(name, root, split, holdout=0, harmful=0.0):
+        if name == "no-val" and split == "val":
+            raise data.DataError("no-val has no val split")
+        shift = 0.0 if name.startswith(("src", "no-val")) else 1.0
+        return [SimpleNamespace(dataset=name, number=i.number + (10 if split == "val" else 0), shift=shift) for i in items]
+
+    def load_image(item):
+        h, w = SIZES[item.number % 10]
+        noise = np.random.default_rng([item.number]).random((h, w, 3))
+        return (255 * np.clip(0.7 * noise + 0.3 * item.shift, 0, 1)).astype(np.uint8)
+
+    def load_label(item, mapillary="A"):
+        h, w = SIZES[item.number % 10]
+        label = np.random.default_rng([item.number, 1]).integers(0, k - 1, (h, w)).astype(np.uint8)  # class k-1 is absent
+        label[:, : w // 5] = VOID
+        return np.full_like(label, VOID) if item.number % 10 == 4 else label
+
+    for name, function in dict(list_items=list_items, load_image=load_image, load_label=load_label).items():
+        monkeypatch.setattr(data, name, function)
+    torch.manual_seed(4)
+    config = dict(source=["src"], targets=["far"], data_root="unused", tau=0.1, tau_w=0.1, w_min=0.1, batch=2, seed=0,
+                  reweight="pixel", reweight_per_class=True, method="ppar", mapillary="A")
+    return SimpleNamespace(net=TinyNet(dim), vtp=TinyVTP(), otp=F.normalize(torch.randn(k, dim), dim=1), config=config,
+                           step=7, path=tmp_path)
+
+
+def by_hand(run, items):
+    """All labelled pixels of the items at once: emb (N, D), label (N,), own VTP rows (N, D), image number (N,)."""
+    import data
+
+    parts = []
+    for number, item in enumerate(items):
+        image = data.to_tensor(data.load_image(item))
+        label = torch.as_tensor(data.load_label(item)).long()
+        h, w = label.shape
+        image = F.pad(image[None], (0, -w % 8, 0, -h % 8), mode="replicate")
+        label = F.pad(label, (0, -w % 8, 0, -h % 8), value=VOID)
+        with torch.no_grad():
+            _, emb, pooled = run.net(image)
+            vtp = run.vtp(run.otp, emb, pooled)[0]
+        label = label[2::4, 2::4].flatten()  # the centre of a 4 x 4 cell, by hand
+        valid = label != VOID
+        parts.append((emb[0].flatten(1).T[valid], label[valid], vtp[label[valid]], torch.full((int(valid.sum()),), number)))
+    return [torch.cat(x) for x in zip(*parts)]
+
+
+def test_streaming_gives_the_terms_of_all_pixels_at_once(world):
+    import data
+
+    items = data.list_items("src", "", "train")
+    domain = bound.measure(world, items, weights=True)
+    emb, label, vtp, image = by_hand(world, items)
+    tau, otp = world.config["tau"], world.otp
+    assert domain.images == 4 and domain.total["count"].sum() == len(label)
+    assert torch.allclose(domain.shares, bound.class_shares(label, 6))
+    assert domain.mean("risk") == pytest.approx(bound.risk(emb, label, otp, tau), rel=1e-5)
+    assert domain.mean("radius_otp") == pytest.approx(bound.alignment_radius(emb, label, otp), rel=1e-5)
+    assert domain.mean("radius_vtp") == pytest.approx((emb - vtp).norm(dim=1).mean().item(), rel=1e-5)
+    assert domain.mean("gap") == pytest.approx((vtp - otp[label]).norm(dim=1).mean().item(), rel=1e-5)
+    assert domain.mean("error") == pytest.approx(((emb @ otp.T).argmax(1) != label).float().mean().item(), rel=1e-5)
+    basis = bound.span_basis(otp)
+    assert domain.mean("radius_span") == pytest.approx(((emb - otp[label]) @ basis).norm(dim=1).mean().item(), rel=1e-4)
+    assert torch.allclose(domain.class_mean("radius_otp")[:5].float(),
+                          class_means(bound.distance(emb, label, otp), label, 6)[:5], rtol=1e-4)
+    mean = torch.stack([emb[label == c].mean(0) for c in range(5)])
+    assert torch.allclose((domain.emb / domain.total["count"][:, None])[:5].float(), mean, atol=1e-5)
+    # The weights are those of training: reliability from OTP and VTP, means per class within batches of two images.
+    own = otp[label]
+    def omega(prototypes):  # noqa: E306
+        return torch.stack([torch.softmax(z @ q.T / 0.1, 0)[y] for z, q, y in zip(emb, prototypes, label)])
+    vtps = {}
+    for n in image.unique().tolist():
+        pic = F.pad(data.to_tensor(data.load_image(items[n]))[None], (0, -SIZES[n][1] % 8, 0, -SIZES[n][0] % 8), mode="replicate")
+        with torch.no_grad():
+            _, e, pooled = world.net(pic)
+            vtps[n] = world.vtp(otp, e, pooled)[0]
+    rel = (omega(otp.expand(len(emb), -1, -1)) + omega([vtps[n] for n in image.tolist()])) / 2
+    w = torch.ones(len(emb))
+    for batch in ((0, 1), (2, 3)):
+        for c in range(6):
+            here = torch.isin(image, torch.tensor(batch)) & (label == c)
+            if here.any():
+                u = (rel[here] / rel[here].mean()).clamp_min(0.1)
+                w[here] = u / u.mean()
+    weighted = bound._sample_size(domain)
+    assert weighted["n_eff"] == pytest.approx(bound.effective_sample_size(w), rel=1e-4)
+    assert weighted["radius_weighted"] == pytest.approx(bound.alignment_radius(emb, label, otp, w), rel=1e-4)
+    assert weighted["risk_weighted"] == pytest.approx(bound.risk(emb, label, otp, tau, w), rel=1e-4)
+    assert weighted["share_shift"] < 1e-6 and own.shape == emb.shape
+    counts = torch.bincount(image).double()[:4]
+    assert weighted["n_eff_images"] == pytest.approx((counts.sum() ** 2 / (counts ** 2).sum()).item())
+    assert weighted["n_hoeffding"] == pytest.approx((counts.sum() ** 2 / (4 * 60 ** 2)).item())  # 24 x 40 has 60 cells
+
+
+def test_limit_takes_evenly_spaced_images(world):
+    import data
+
+    items = data.list_items("src", "", "train")
+    assert bound.measure(world, items, limit=2).mean("risk") == pytest.approx(
+        bound.measure(world, [items[0], items[2]]).mean("risk"), rel=1e-6)
+
+
+def test_a_domain_of_void_images_is_refused_with_its_name(world):
+    import data
+
+    with pytest.raises(data.DataError, match="src.*no labelled pixel|src.*labelled pixel"):
+        bound.measure(world, data.list_items("src", "", "train")[4:])
+
+
+def test_sources_are_mixed_in_equal_parts_whatever_their_size(world):
+    import data
+
+    items = data.list_items("src", "", "train")
+    one, two = bound.measure(world, items[:1]), bound.measure(world, items[1:4])
+    mixed = bound.Domain.mixture([one, two])
+    assert mixed.mean("risk") == pytest.approx((one.mean("risk") + two.mean("risk")) / 2)
+    assert torch.allclose(mixed.shares, (one.shares + two.shares) / 2)
+    n1, n2 = one.total["count"].sum(), two.total["count"].sum()
+    w = torch.cat([torch.full((int(n1),), 1 / n1.item()), torch.full((int(n2),), 1 / n2.item())])
+    assert bound._sample_size(mixed)["n_eff"] == pytest.approx(bound.effective_sample_size(w), rel=1e-5)
+
+
+REQUIRED = "risk radius_otp radius_vtp gap lipschitz tv n_eff left right holds".split()
+
+
+@pytest.mark.parametrize("source", [["src"], ["src", "src-b"], ["no-val"]])
+@pytest.mark.parametrize("method", ["ppar", "erm"])
+def test_measuring_a_run_writes_every_term_and_finds_no_violation(world, capsys, source, method):
+    world.config.update(source=source, targets=["far", "src-c", "other"], method=method)
+    if method == "erm":
+        world.vtp = None
+        world.config["reweight"] = "none"
+    report = bound.measure_run(world, limit=0)
+    stored = json.loads((world.path / "bound.json").read_text())
+    assert stored == json.loads(json.dumps(report))
+    names = ["source"] + ["source held out"] * (source != ["no-val"]) + world.config["targets"]
+    assert list(stored["domains"]) == names and bool(stored["notes"]) == (source == ["no-val"])
+    for name, row in stored["domains"].items():
+        assert set(REQUIRED) <= set(row), name
+        assert row["holds"] is True and all(row["checks"].values()), (name, row["checks"])
+        assert row["left"] == row["risk"] <= row["right_direct"] <= row["right"]
+        recomputed = (stored["domains"]["source"]["risk"] + row["slope"] * stored["domains"]["source"]["radius_otp"]
+                      + row["lipschitz"] * row["radius_otp"] + row["osc"] * row["tv"])
+        assert row["right"] == pytest.approx(recomputed), "the right side can be read off the other columns"
+        assert (row["radius_vtp"] is None) == (row["gap"] is None) == (method == "erm")
+        assert row["gamma_low"] <= row["gamma_high"] + 1e-9
+        assert 0 <= row["tv"] <= 1 and row["n_eff"] <= row["pixels"] * (1 + 1e-9)
+    first = stored["domains"]["source"]
+    assert first["tv"] == 0 and ("radius_weighted" in first) == (method == "ppar")
+    assert (first["n_eff"] < first["pixels"]) == (method == "ppar" or len(source) > 1 and first["n_eff"] < first["pixels"])
+    assert (world.path / "bound.png").stat().st_size > 10000
+    said = capsys.readouterr().out
+    assert "analysis only" in said and "BUG" not in said.upper() and "rank correlation" in said
+
+
+def test_a_violation_is_reported_and_not_hidden(world, capsys, monkeypatch):
+    """If a right side came out too small, `holds` would say so: the check itself can fail."""
+    monkeypatch.setattr(bound, "hub_bound", lambda *terms: 0.0)
+    report = bound.measure_run(world, limit=0)
+    assert not any(row["holds"] for row in report["domains"].values())
+    assert "NO: a bug" in capsys.readouterr().out
+
+
+def test_measuring_leaves_the_network_as_it_was(world):
+    before = {name: value.clone() for name, value in world.net.state_dict().items()}
+    bound.measure_run(world, limit=1)
+    assert all(torch.equal(value, before[name]) for name, value in world.net.state_dict().items())
+    assert all(parameter.grad is None for parameter in world.net.parameters())
+
+
+@pytest.mark.parametrize("size", [(32, 64), (64, 32)])
+def test_the_pixels_of_the_theorem_are_the_cells_of_training(size):
+    train = pytest.importorskip("train")
+    label = torch.randint(0, 19, size, generator=rng(11))
+    for stride in (8, 16, 32):
+        assert torch.equal(bound.labels_on_grid(label, size[0] // stride, size[1] // stride),
+                           train.to_grid(label[None], stride)[0])
+
+
+def test_demonstration(capsys):
+    bound._demo()
+    assert "hub bound" in capsys.readouterr().out
