@@ -4,7 +4,7 @@ Cross-entropy on a classifier's logits only asks that the right class wins on th
 in CLIP's space the pixels end up, so they drift to wherever the source's accidents put them. Alignment fixes the
 place: the prototypes p_1 .. p_K are points that came from language, and each pixel embedding has to be closer to
 the point of its own class than to any other. A domain that was never seen but is aligned to the same points lands
-on the same side of the same boundaries (theory.md, Eq. 8: the prototypes are a hub between domains).
+on the same side of the same boundaries (theory.md, Eq. 12: the prototypes are a hub between domains).
 
 Two goals, one of them nearer. The Original Text Prototype (OTP) is the same for every image and may be far from
 the pixels of this one; the Visual Text Prototype (VTP) is the OTP after a look at this image, hence nearer. Asking

@@ -463,7 +463,8 @@ def measure_run(run, data_root=None, limit=200, device="cpu"):
     except data.DataError as error:
         notes.append(f"no held-out source row: {error}")
     for name in config["targets"]:
-        domains[name] = measure(run, data.list_items(name, root, "val"), limit, device)
+        items = data.list_items(name, root, "val", holdout=config.get("holdout", 0))
+        domains[name] = measure(run, items, limit, device)
 
     otp, tau = run.otp.cpu().float(), config["tau"]
     rows = {name: describe(domains["source"], domain, otp, tau) for name, domain in domains.items()}
@@ -492,11 +493,11 @@ def print_bound(report):
     print(f"{'domain':17s} images left=R error   A^O   A^V     G   osc    TV n_eff/n   gamma in    direct  right "
           f" holds")
     for name, r in rows.items():
+        verdict = ("yes" if r["holds"] else "NO: a bug") + (", vacuous" if r["vacuous"] else "")
         near, gap = (f"{r[key]:5.3f}" if r[key] is not None else f"{'-':>5s}" for key in ("radius_vtp", "gap"))
         print(f"{name:17s} {r['images']:6d} {r['risk']:6.3f} {r['error']:5.3f} {r['radius_otp']:5.3f} {near} {gap} "
               f"{r['osc']:5.2f} {r['tv']:5.3f} {r['n_eff'] / r['pixels']:7.3f} "
-              f"[{r['gamma_low']:.2f}, {r['gamma_high']:.2f}] {r['right_direct']:7.2f} {r['right']:6.2f}  {'yes' if r['holds'] else 'NO: a bug'}"
-              f"{', vacuous' if r['vacuous'] else ''}")
+              f"[{r['gamma_low']:.2f}, {r['gamma_high']:.2f}] {r['right_direct']:7.2f} {r['right']:6.2f}  {verdict}")
     print("right = R_S + g A_S + L A^O + osc TV (Eq. 12), direct = Eq. 13; vacuous: above the largest loss possible")
     source = rows["source"]
     if "radius_weighted" in source:

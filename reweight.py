@@ -11,7 +11,7 @@ gets a smaller learning weight. No pixel is thrown away, and no class loses its 
 Both means of Eq. 6 are over the labelled pixels of the same class. A rare class is always hard, so its omega is
 always small: with one mean for the whole batch its pixels get small weights, are learnt less, get smaller weights
 still, and the class starves. Per class, the weights only move learning between pixels of one class: the share of
-the class in the loss stays what it was (theory.md, Eq. 12, says which term of the bound that protects).
+the class in the loss stays what it was (theory.md, Eq. 21, says what that protects).
 
 Shapes
     emb         (B, D, h, w)          dense embedding; only its direction matters

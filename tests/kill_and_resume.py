@@ -64,8 +64,8 @@ def fork(arguments, output, environment=None, scored=False, file_limit=None):
     context.set_forkserver_preload(["train", "pytest", "matplotlib.figure", "matplotlib.backends.backend_agg"])
     before, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH", ""), f"{ROOT}{os.pathsep}{TESTS}"
     try:
-        process = context.Process(target=_child, args=([str(a) for a in arguments], str(output), environment or {}, scored,
-                                                       file_limit))
+        arguments = [str(a) for a in arguments]
+        process = context.Process(target=_child, args=(arguments, str(output), environment or {}, scored, file_limit))
         process.start()
     finally:
         os.environ["PYTHONPATH"] = before
@@ -145,7 +145,7 @@ def difference(a, b, name="state"):
 
 
 def kill_and_resume(folder, kills, seed=0, launch=start, flags=FLAGS, world=None, say=print):
-    """Train undisturbed and under fire in `folder` -> (kills while a checkpoint was written, kills in all). Asserts equality."""
+    """Train undisturbed and under fire in `folder`, assert that the end is the same -> (kills during a save, kills)."""
     import torch
 
     rng = random.Random(seed)
@@ -164,6 +164,7 @@ def kill_and_resume(folder, kills, seed=0, launch=start, flags=FLAGS, world=None
                 last, moved = _stamp(fire), moved - 1
             if moved < 0 and (kill % 2 or half_written.exists()):
                 break
+            time.sleep(0.0005)
         time.sleep(rng.random() * (0.1 if kill % 2 else 0.004))
         assert running(process), "it ended before it was killed: " + output.read_text()[-2000:]
         os.kill(process.pid, signal.SIGKILL)
@@ -171,7 +172,7 @@ def kill_and_resume(folder, kills, seed=0, launch=start, flags=FLAGS, world=None
         writing += half_written.exists()
         if saved or (fire / "last.pt").exists():
             step = torch.load(fire / "last.pt", weights_only=True)["step"]  # whole, or this raises
-            say(f"kill {kill + 1}: checkpoint of step {step} is whole{', a next one was being written' * half_written.exists()}")
+            say(f"kill {kill + 1}: checkpoint of step {step} whole" + ", a next one half written" * half_written.exists())
     resumed = ["--resume", fire] if (fire / "last.pt").exists() else [*flags, "--out", fire]
     assert wait(launch(resumed, output)) == 0, output.read_text()[-2000:]
     assert difference(read_state(calm), read_state(fire)) is None, difference(read_state(calm), read_state(fire))
@@ -193,8 +194,8 @@ def main():
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         writing, kills = kill_and_resume(Path(folder), given.kills, given.seed)
-    print(f"{kills} kills, {writing} of them while a checkpoint was being written: weights, optimiser and log equal those of "
-          f"the undisturbed run, bit for bit.")
+    print(f"{kills} kills, {writing} of them while a checkpoint was being written: weights, optimiser and log equal "
+          f"those of the undisturbed run, bit for bit.")
 
 
 if __name__ == "__main__":

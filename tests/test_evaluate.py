@@ -32,6 +32,11 @@ VOID = 255
 ROOT = Path(evaluate.__file__).parent
 
 
+@pytest.fixture(autouse=True)
+def coarse_figures(monkeypatch):
+    monkeypatch.setattr(evaluate, "DPI", 30)  # most of their time goes into pixels
+
+
 def random_pair(classes, shape=(40, 60), seed=0):
     rng = np.random.default_rng(seed)
     label = rng.integers(0, classes, shape).astype(np.uint8)
@@ -41,7 +46,7 @@ def random_pair(classes, shape=(40, 60), seed=0):
 
 @pytest.fixture(scope="module")
 def scenes():
-    """(prediction, label) of drawn street scenes: the prediction is the label moved a little, or another scene's label."""
+    """(prediction, label) of drawn street scenes; the prediction is the label moved a little, or another scene's."""
     labels = [toy.draw("toy-bdd", "val", index)[1] for index in range(5)]
     rng = np.random.default_rng(0)
     pairs = []
@@ -397,10 +402,10 @@ def run(tmp_path, net, otp):
     torch.manual_seed(0)
     vtp = prototypes.VisualTextPrototypes(24, width=32, layers=2)
     config = dict(source=("toy-gta5",), targets=("bdd",), data_root=str(tmp_path / "data"), mapillary="A", holdout=0,
-                  tau=0.07, tau_w=0.07, method="ppar", text_weight=0.25, harmful=0.1, scale=1.0, slide=0, slide_stride=0,
-                  flip=False, clip="toy", out="elsewhere", workers=8, steps=7)
+                  tau=0.07, tau_w=0.07, method="ppar", text_weight=0.25, harmful=0.1, scale=1.0, slide=0,
+                  slide_stride=0, flip=False, clip="toy", out="elsewhere", workers=8, steps=7)
     (tmp_path / "run").mkdir()
-    state = dict(model=net.state_dict(), vtp=vtp.state_dict(), otp=otp, arch=net.arch, config=config, step=7, optimizer={})
+    state = dict(model=net.state_dict(), vtp=vtp.state_dict(), otp=otp, arch=net.arch, config=config, step=7)
     torch.save(state, tmp_path / "run" / "last.pt")
     return tmp_path / "run", config
 
@@ -613,15 +618,16 @@ def test_the_difference_to_a_second_run_is_taken_over_the_same_targets_only(tmp_
 
 def test_a_crash_while_writing_leaves_the_old_results(tmp_path, monkeypatch):
     evaluate.write_results(tmp_path, three_tables(), {})
-    before = (tmp_path / "results.json").read_text()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def full(*_):
+    def full(path, text):
+        path.write_bytes(text.encode()[:9])
         raise OSError("No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError):
         evaluate.write_results(tmp_path, dict(bdd=three_tables()["gta5"]), {})
-    assert (tmp_path / "results.json").read_text() == before and len(list(tmp_path.iterdir())) == 2
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before and len(before) == 2
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -656,7 +662,7 @@ def test_figures_are_drawn_beside_a_second_run(run, tmp_path, net, monkeypatch, 
     assert "+0.0" in printed and "AUROC" in printed
     for name in ("predictions_bdd", "curves", "reliability", "embedding"):
         image = np.asarray(Image.open(run[0] / f"{name}.png").convert("RGB"))
-        assert image.min() < 100 and image.max() == 255 and min(image.shape[:2]) > 400, name
+        assert image.min() < 100 and image.max() == 255 and min(image.shape[:2]) > 80, name
     assert not list(run[0].glob(".*"))
 
 

@@ -369,7 +369,7 @@ def test_the_position_code_is_clips_on_the_native_grid_and_keeps_its_directions_
     code[1:, 0] = torch.arange(4.0).repeat_interleave(4)  # row number
     code[1:, 1] = torch.arange(4.0).repeat(4)  # column number
     code[1:, 2] = 5.0
-    assert torch.equal(model._resize_position(code, 4, 4), code)
+    assert model._resize_position(code, 4, 4) is code
     resized = model._resize_position(code, 3, 8)
     assert resized.shape == (25, 3) and torch.equal(resized[0], code[0])
     row, column, constant = resized[1:].view(3, 8, 3).unbind(-1)
@@ -378,6 +378,7 @@ def test_the_position_code_is_clips_on_the_native_grid_and_keeps_its_directions_
     torch.testing.assert_close(column, column[:1].expand(3, 8))
     assert (row[:, 0].diff() > 0).all() and (column[0].diff() > 0).all()
     assert row.mean().item() == pytest.approx(1.5) and column.mean().item() == pytest.approx(1.5)  # centred alike
+    assert (column[0, 4] - column[0, 3]).item() == pytest.approx(0.5)  # a cell of the finer grid is half as wide
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 96)])

@@ -209,6 +209,7 @@ def test_the_defaults_are_those_of_the_design():
     layer = module.decoder.layers[0]
     assert (module.query.out_features, layer.self_attn.num_heads, len(module.decoder.layers)) == (256, 4, 3)
     assert layer.linear1.out_features == 4 * 256 and layer.norm_first
+    assert isinstance(module.decoder.norm, torch.nn.LayerNorm)  # norm_first leaves the last sum as it is
     assert module.gamma.shape == (32,) and module.gamma.unique().tolist() == pytest.approx([1e-3])
 
 

@@ -1,0 +1,388 @@
+"""What the documents say is true of the code: equations have anchors, commands parse, names exist, defaults agree.
+
+Prose drifts from code in silence; here it fails a test. And the promise about files: each has a header, the three
+ideas can be lifted out, nothing knows the machine that it was written on.
+"""
+
+import ast
+import dataclasses
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+MODULES = ("model", "prototypes", "align", "reweight", "data", "toy", "train", "evaluate", "bound")
+LIFTABLE = ("prototypes", "align", "reweight")
+DOCUMENTS = sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("results/*.md")])
+PYTHON = sorted(p.relative_to(ROOT).as_posix() for part in ("", "tests", "results") for p in (ROOT / part).glob("*.py"))
+LAST_EQUATION = 24
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_the_documents_and_modules_that_are_tested_here_exist():
+    assert {"README.md", "theory.md"} <= set(DOCUMENTS)
+    assert {f"{name}.py" for name in MODULES} <= set(PYTHON)
+
+
+# ---------------------------------------------------------------------------------------------------------- equations
+
+
+def equations_cited(text):
+    """Numbers in `Eq. 3`, `Eq. 5, 6`, `Eq. 8 to 11`, `Eqs. (1)-(7)`, `eq. (5)`; a range gives all its numbers."""
+    found = set()
+    for match in re.finditer(r"\b[Ee]qs?\.\s*(\(?\d+\)?(?:\s*(?:,|and|or|to|-)\s*\(?\d+\)?(?![\d.]*\w))*)", text):
+        parts = re.split(r"\s*(to|-|,|and|or)\s*", match[1])
+        numbers = [int(part.strip("()")) for part in parts[::2]]
+        for before, sign, after in zip(numbers, parts[1::2], numbers[1:]):
+            found.update(range(before, after + 1) if sign in ("to", "-") else ())
+        found.update(numbers)
+    return found
+
+
+def test_the_pattern_for_equations_sees_every_way_of_citing_them():
+    text = "Eq. 3 and Eq. 5, 6; Eqs. 8 to 10; eq. (12); see Eq. 20-22. But Fig. 99 is none, nor Eq. x."
+    assert equations_cited(text) == {3, 5, 6, 8, 9, 10, 12, 20, 21, 22}
+
+
+@pytest.mark.parametrize("name", PYTHON + DOCUMENTS)
+def test_every_equation_that_is_cited_has_an_anchor_in_the_theory(name):
+    if name == "tests/test_documents.py":
+        return  # the example above
+    cited = equations_cited(read(name))
+    assert cited <= set(range(1, LAST_EQUATION + 1)), f"{name} cites {sorted(cited - set(range(1, LAST_EQUATION + 1)))}"
+
+
+def test_anchors_of_the_theory_are_complete_in_order_and_belong_to_their_formula():
+    theory = read("theory.md")
+    anchors = [int(n) for n in re.findall(r'<a id="eq-(\d+)"></a>', theory)]
+    assert anchors == list(range(1, LAST_EQUATION + 1))
+    sections = re.split(r'<a id="eq-\d+"></a>', theory)[1:]
+    for n, section in zip(anchors, sections):
+        assert section.lstrip().startswith(f"**Eq. {n}, "), f"the anchor of Eq. {n} stands before something else"
+        assert re.findall(r"\\tag\{(\d+)\}", section) == [str(n)], f"Eq. {n} needs one formula with its number"
+        if n >= 8:
+            for part in ("*Proof.*", "*In the code:*", "*What would break it:*"):
+                assert part in section or (n == 8 and part == "*Proof.*"), f"Eq. {n} lacks {part}"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_formulas_are_fenced_as_the_forges_render_them(name):
+    """What needs no KaTeX (katex_check.mjs asks it): fences and braces balanced, no bare dollar, no pipe in a table."""
+    text, block, outside = read(name), None, []
+    for line in text.split("\n"):
+        fence = re.match(r"\s*```(\S*)", line)
+        if fence and block is None:
+            block, language = [], fence[1]
+        elif fence:
+            if language == "math":
+                formula = "\n".join(block)
+                assert formula.strip() and _balanced(formula), formula
+            block = None
+        elif block is not None:
+            block.append(line)
+        else:
+            outside.append(line)
+    assert block is None, "a fenced block is never closed"
+    for line in outside:
+        for formula in re.findall(r"\$`([^`]*)`\$", line):
+            assert formula.strip() and _balanced(formula), line
+            assert not (line.lstrip().startswith("|") and "|" in formula), f"the table would be cut here: {line}"
+        rest = re.sub(r"`[^`]*`", "", re.sub(r"\$`[^`]*`\$", "", line))
+        assert "$" not in rest, f"a dollar that belongs to no formula: {line}"
+
+
+def _balanced(formula):
+    depth = 0
+    for sign in re.findall(r"(?<!\\)[{}]", formula):
+        depth += 1 if sign == "{" else -1
+        if depth < 0:
+            return False
+    return depth == 0 and formula.count(r"\left") == formula.count(r"\right")
+
+
+# ----------------------------------------------------------------------------------------------------------- commands
+
+
+def commands(name):
+    """Command lines of a file: fenced bash blocks of a document, indented lines of a header, `python ...` of both."""
+    text = read(name)
+    if name.endswith(".py"):
+        head = ast.get_docstring(ast.parse(text), clean=False) or ""
+        lines = re.findall(r"^\s{4,}((?:python|torchrun) .*)$", head, re.M) + re.findall(r"`(python [^`\n]+)`", head)
+        return [re.split(r"\s{3,}", line)[0] for line in lines]  # in a header, what follows three spaces is a remark
+    lines = []
+    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S):
+        lines += block.replace("\\\n", " ").split("\n")
+    lines += re.findall(r"`((?:python|torchrun) [^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+COMMANDS = sorted({(name, line) for name in [*DOCUMENTS, *(f"{m}.py" for m in MODULES)] for line in commands(name)})
+
+
+def test_commands_are_found():
+    lines = {line.split("#")[0].strip() for name, line in COMMANDS if name == "README.md"}
+    assert {"python train.py", "pip install -r requirements.txt"} <= lines
+    assert sum("train.py" in line for line in lines) >= 5 and sum("evaluate.py" in line for line in lines) >= 3
+
+
+@pytest.mark.parametrize("name, line", COMMANDS)
+def test_every_command_parses(name, line):
+    check_command(line)
+
+
+def check_command(line):
+    words = [w for w in shlex.split(line, comments=True) if w != "..."]
+    while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        words = words[1:]  # VARIABLE=value before a command
+    if words[:3] == ["pip", "install", "-r"]:
+        assert (ROOT / words[3]).is_file()
+    elif words[:3] == ["python", "-m", "pytest"] or words[0] == "pytest":
+        paths = [w for w in words[1:] if not w.startswith("-") and w != "pytest"]
+        assert all((ROOT / w.split("::")[0]).exists() for w in paths), line
+    elif words[0] in ("python", "torchrun"):
+        place = next((i for i, w in enumerate(words) if w.endswith(".py")), None)
+        assert place is not None, f"no script in: {line}"
+        script, arguments = words[place], words[place + 1:]
+        assert (ROOT / script).is_file(), f"{script} does not exist"
+        if script == "train.py":
+            import train
+
+            train.configure(train.parse(arguments))
+        elif script == "evaluate.py":
+            import evaluate
+
+            evaluate.parser().parse_args(arguments)
+        else:
+            known, given = flags_of(script), {w.split("=")[0] for w in arguments if w.startswith("--")}
+            assert given <= known, f"{script} knows {sorted(known)}"
+    else:
+        assert words[0] in ("cd", "git", "mkdir", "npm", "node", "ls", "NODE_PATH"), f"unknown command: {line}"
+
+
+def flags_of(script):
+    """Flags that a script gives to argparse, read off its source."""
+    flags = set()
+    for node in ast.walk(ast.parse(read(script))):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+            flags |= {a.value for a in node.args if isinstance(a, ast.Constant) and str(a.value).startswith("--")}
+    return flags
+
+
+@pytest.mark.parametrize("line", ["python train.py --tua 0.1", "python train.py --align sideways", "python nothing.py",
+                                  "python train.py --tau -1", "python evaluate.py RUN --bond", "python data.py --chekc",
+                                  "pip install -r wishes.txt"])
+def test_a_wrong_command_would_be_noticed(line):
+    import train
+
+    with pytest.raises((AssertionError, SystemExit, train.RunError)):
+        check_command(line)
+
+
+# --------------------------------------------------------------------------------------------------------------- names
+
+
+class Names(ast.NodeVisitor):
+    """What a file defines (top level, members of its classes) and every identifier or short string in it."""
+
+    def __init__(self, name):
+        self.defined, self.used = set(), set()
+        tree = ast.parse(read(name))
+        for node in tree.body:
+            self._define(node)
+            if isinstance(node, ast.ClassDef):
+                for member in node.body:
+                    self._define(member)
+        for node in ast.walk(tree):
+            for field in ("id", "attr", "arg", "name"):
+                if isinstance(getattr(node, field, None), str):
+                    self.used.add(getattr(node, field))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 40:
+                self.used.add(node.value)
+
+    def _define(self, node):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            self.defined.add(node.name)
+        for target in getattr(node, "targets", [getattr(node, "target", None)]):
+            self.defined |= {n.id for n in ast.walk(target) if isinstance(n, ast.Name)} if target is not None else set()
+
+
+NAMES = {name: Names(name) for name in PYTHON}
+PLAIN = r"`[A-Za-z_]\w*(?:\([^`]*\))?`"  # `name` or `name(arguments)`
+
+
+def places(text):
+    """(file, name) wherever a document says "`file.py`, `name`, `other`" or "`file.py` (`name`)"."""
+    for match in re.finditer(rf"`([\w/]+\.py)`((?:\s*(?:,|, and| and|\()\s*{PLAIN})+)", text):
+        for name in re.findall(r"`([A-Za-z_]\w*)", match[2]):
+            yield match[1], name
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_files_that_a_document_names_exist(name):
+    text = re.sub(r"```.*?```", "", read(name), flags=re.S)
+    for file in set(re.findall(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|mjs|md|txt|yml))`", text)):
+        assert (ROOT / file).is_file(), f"{name} names {file}"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_functions_that_a_document_names_are_in_the_file_that_it_says(name):
+    for file, function in places(read(name)):
+        assert function in NAMES[file].defined, f"{name} says that {file} defines {function}"
+    for test in set(re.findall(r"`(test_\w+)`", re.sub(r"`[\w/]+\.py`", "", read(name)))):
+        assert any(test in NAMES[file].defined for file in PYTHON if file.startswith("tests/")), test
+
+
+def test_the_theory_names_enough_functions_for_this_to_mean_something():
+    assert len(set(places(read("theory.md")))) >= 25
+    assert ("bound.py", "hub_bound") in set(places(read("theory.md")))
+
+
+def test_names_of_the_notation_table_are_in_their_files():
+    rows = [line.split("|")[1:-1] for line in read("theory.md").split("\n") if line.startswith("| $`")]
+    rows = [row for row in rows if len(row) == 4 and ".py`" in row[3]]
+    assert len(rows) >= 15
+    for symbol, _, code, file in rows:
+        file = file.strip().strip("`")
+        for name in re.findall(r"`(\w+)`", code):
+            assert name in NAMES[file].used | NAMES[file].defined, f"{symbol.strip()}: {name} is not in {file}"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_columns_that_a_document_names_are_written_by_the_code(name):
+    """After "column" or "columns", names in backticks are keys of bound.json."""
+    for match in re.finditer(rf"columns? ((?:{PLAIN}(?:\s*\([^)]*\))?(?:,| and)?\s*)+)", read(name)):
+        for key in re.findall(r"`(\w+)`", match[1]):
+            assert key in NAMES["bound.py"].used, f"{name}: no code in bound.py writes {key}"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_flags_that_a_document_names_exist(name):
+    import train
+
+    known = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(train.Config)}
+    known |= {"--no-" + f.name.replace("_", "-") for f in dataclasses.fields(train.Config) if f.type is bool}
+    known |= set().union(*(flags_of(script) for script in PYTHON))
+    known |= {f"--{w}" for w in ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "help")}
+    text = re.sub(r"```(?!bash|sh).*?```", "", read(name), flags=re.S)
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", re.sub(r"<!--.*?-->", "", text, flags=re.S))):
+        assert flag in known, f"{name} names {flag}"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_inside_the_repository_resolve(name):
+    for target in re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", read(name)):  # links and pictures
+        if re.match(r"https?:|mailto:", target):
+            continue
+        file, _, place = target.partition("#")
+        path = (ROOT / name).parent / file if file else ROOT / name
+        assert path.exists(), f"{name} links to {target}"
+        if place:
+            text = path.read_text(encoding="utf-8")
+            headings = {re.sub(r"[^\w\- ]", "", h.strip().lower()).replace(" ", "-")
+                        for h in re.findall(r"^#+ (.*)$", text, re.M)}
+            assert place in headings | set(re.findall(r'id="([^"]+)"', text)), f"{name} links to {target}"
+
+
+# ------------------------------------------------------------------------------------------------------------ defaults
+
+
+def test_defaults_of_the_theory_are_those_of_the_code():
+    import train
+
+    table = re.search(r"<!-- defaults:begin -->(.*?)<!-- defaults:end -->", read("theory.md"), re.S)[1]
+    real, toy = train.configure(train.parse(["--source", "gta5"])), train.configure(train.parse([]))
+    seen = set()
+    for flag, _, *values in (line.strip("|").split("|") for line in table.strip().split("\n")[2:]):
+        name = re.search(r"`--([\w-]+)`", flag)[1].replace("-", "_")
+        for value, config in zip(values, (real, toy), strict=True):
+            default = getattr(config, name)
+            stated = value.strip()
+            same = float(stated) == default if isinstance(default, float) else stated == str(default)
+            assert same, f"theory.md says {stated} for --{name.replace('_', '-')}, the code {default}"
+        seen.add(name)
+    assert {"tau", "tau_w", "w_min", "w_align", "w_vtp", "align", "reweight", "reweight_per_class", "progress_start",
+            "progress_end", "text_weight"} <= seen
+
+
+def test_places_for_results_are_marked_once():
+    for mark in ("measured", "tried"):
+        assert re.findall(rf"<!-- {mark}:(begin|end) -->", read("theory.md")) == ["begin", "end"]
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_opens_with_its_header(name):
+    head = ast.get_docstring(ast.parse(read(f"{name}.py"))) or ""
+    assert head.startswith(f"{name}.py: "), "name and one sentence"
+    assert len(head) > 400 and f"python {name}.py" in head and "TO BE" not in head
+    assert "Not here:" in head or name == "train", "what a reader may look for, and where it is"  # train composes all
+
+
+@pytest.mark.parametrize("name", [p for p in PYTHON if "/" in p])
+def test_every_other_file_says_what_it_is(name):
+    assert len(ast.get_docstring(ast.parse(read(name))) or "") > 40
+
+
+def imports(name):
+    tree = ast.parse(read(f"{name}.py"))
+    nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    return {full.split(".")[0] for full in names | {n.module or "." for n in nodes if isinstance(n, ast.ImportFrom)}}
+
+
+ALLOWED = dict.fromkeys(("model", "prototypes", "align", "reweight", "toy"), set())
+ALLOWED |= dict(data={"toy"}, bound={"data", "reweight", "evaluate"})
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_modules_import_no_more_of_each_other_than_the_house_allows(name):
+    assert imports(name) & set(MODULES) <= ALLOWED[name]
+
+
+@pytest.mark.parametrize("name", LIFTABLE)
+def test_an_idea_copied_alone_into_an_empty_folder_still_runs(name, tmp_path):
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    code = f"import runpy; runpy.run_path('{name}.py', run_name='__main__')"  # -I: nothing but the installed packages
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600,
+                          check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 2, "a demonstration prints what it shows"
+
+
+KINDS = {".py", ".md", ".mjs", ".txt", ".toml", ".cfg", ".yml", ".csv"}
+FOREIGN = {".git", "runs", "data", "__pycache__", "env", ".venv", "node_modules"}
+TEXT = [p for p in sorted(ROOT.rglob("*")) if p.suffix in KINDS and not FOREIGN & set(p.relative_to(ROOT).parts)]
+TEXT += [p for p in (ROOT / ".ci" / "run",) if p.is_file()]
+
+
+@pytest.mark.parametrize("path", TEXT, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_no_file_knows_the_machine_that_it_was_written_on(path):
+    pattern = r"(?<![\w.])(/(?:work|home|root|tmp|Users|mnt|workspace)/\w[^\s`'\"]*|[A-Z]:\\\\?Users)"
+    assert not re.findall(pattern, path.read_text(encoding="utf-8"))
+
+
+def test_a_path_of_the_machine_would_be_noticed(tmp_path):
+    place = tmp_path / "x.py"
+    place.write_text("ROOT = '/ho" + "me/somebody/clip.pt'\n")
+    with pytest.raises(AssertionError):
+        test_no_file_knows_the_machine_that_it_was_written_on(place)
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_no_line_is_a_wall(name):
+    """120 characters are the rule of the house, 140 the point at which a line cannot be read beside another file."""
+    long = [n for n, line in enumerate(read(name).split("\n"), 1) if len(line) > 140]
+    assert not long, f"lines {long} of {name}"
