@@ -23,6 +23,7 @@ folder is missing. The network that is evaluated is the last one; there is no pi
 
 import argparse
 import contextlib
+import csv
 import dataclasses
 import json
 import math
@@ -97,6 +98,7 @@ class Config:
     slide: int = option(0, "side of a sliding window at evaluation; 0: whole image")
     slide_stride: int = option(0, "its stride; 0: two thirds of the window")
     flip: bool = option(False, "average with the mirrored image at evaluation")
+    figures: bool = option(True, "draw the figures after the evaluation")
 
 
 PRESETS = {
@@ -110,7 +112,7 @@ PRESETS = {
 # What --method erm switches off. All else stays, at the same seed to the bit: data, initial weights, optimiser.
 ERM = dict(align="none", w_align=0.0, w_vtp=0.0, reweight="none", text_weight=0.0)
 # What may differ between a run and its continuation without changing a single weight.
-HARMLESS = {"device", "workers", "save_every", "log_every", "data_root"}
+HARMLESS = {"device", "workers", "save_every", "log_every", "data_root", "figures"}
 
 
 class RunError(Exception):
@@ -581,6 +583,25 @@ def continue_run(given):
     return config, checkpoint
 
 
+def closing_words(config, results):
+    """For the drawn world, the committed baseline beside the new row; for every run, the next command to try."""
+    committed = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "toy.csv")
+    if config.source == ("toy-gta5",) and os.path.exists(committed):
+        with open(committed, newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["row"] == "erm"]
+        names = [name for name in results["targets"] if rows and name in rows[0]]
+        cells = [f"{name.removeprefix('toy-')} {sum(float(row[name]) for row in rows) / len(rows):.1f}" for name in names]
+        if cells:
+            print(f"baseline (--method erm), mean of {len(rows)} seeds, not trained now but read from results/toy.csv: "
+                  f"{', '.join(cells)}; unseen mean {sum(float(row['unseen']) for row in rows) / len(rows):.1f}")
+    if config.method == "ppar":
+        print("next: the baseline on the same network, "
+              f"`python train.py --source {' '.join(config.source)} --method erm`, then "
+              f"`python evaluate.py {config.out} --compare {config.out.replace('ppar', 'erm', 1)} --figures`")
+    else:
+        print(f"next: every term of the theorem for this run, `python evaluate.py --bound {config.out}`")
+
+
 def main(given):
     """Train, evaluate every target once, write the run folder. Errors of the user end in one sentence and exit status 1."""
     try:
@@ -591,7 +612,9 @@ def main(given):
         if device.type == "cpu":
             torch.use_deterministic_algorithms(True)  # same seed, same bits; a GPU is asked for speed instead
         module = train(config, checkpoint, rank, processes, device)
-        evaluate.evaluate_targets(module, config, device, rank, processes)
+        results = evaluate.evaluate_targets(module, config, device, rank, processes, config.figures)
+        if rank == 0:
+            closing_words(config, results)
     except (RunError, data.DataError, model.ModelError, evaluate.EvaluationError) as error:
         sys.exit(f"error: {error}")
     finally:

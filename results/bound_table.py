@@ -1,0 +1,104 @@
+"""bound_table.py: the theorem's terms over the ablation's runs, written into theory.md between its "measured" marks.
+
+    python results/bound_table.py            measure every run under runs/ablation that has no bound.json yet, then write
+    python results/bound_table.py --table    only write, from the bound.json files that are there
+
+results/ablate.py makes the runs. Oracles are left out: their source is another one.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+RUNS = HERE.parent / "runs" / "ablation"
+STORE = HERE / "bound.json"
+TERMS = (("left", "risk $`R_T`$ (left side)"), ("right", "right side of Eq. 12"), ("right_direct", "right side of Eq. 13"),
+         ("radius_otp", "radius $`A^O`$"), ("radius_vtp", "radius $`A^V`$"), ("gap", "gap $`G`$"), ("slope", "slope $`g`$"),
+         ("lipschitz", "Lipschitz constant $`L`$"), ("tv", "class shares, TV"), ("osc", "osc(h)"),
+         ("error", "text score, share of wrong pixels"))
+
+
+def measure(folder):
+    """One run through evaluate.py --bound; its bound.json as a dict."""
+    file = folder / "bound.json"
+    if not file.exists():
+        subprocess.run([sys.executable, "-W", "ignore", "evaluate.py", "--bound", str(folder)], cwd=HERE.parent, check=True,
+                       capture_output=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    return json.loads(file.read_text())
+
+
+def shorten(report):
+    """What the table needs of a run: the source's terms, and each term's mean over the unseen targets."""
+    domains = report["domains"]
+    unseen = [row for name, row in domains.items() if not name.startswith("source") and name not in report["source"]]
+
+    def mean(key):
+        values = [row[key] for row in unseen if row.get(key) is not None]
+        return statistics.mean(values) if values else None
+
+    keys = [key for key, _ in TERMS]
+    return dict(unseen={key: mean(key) for key in keys}, source={key: domains["source"].get(key) for key in keys},
+                n_eff=domains["source"]["n_eff"], pixels=domains["source"]["pixels"],
+                targets=[[row["right"], row["right_direct"], row["left"]] for row in unseen],
+                holds=all(row["holds"] for row in domains.values()))
+
+
+def cell(values):
+    values = [v for v in values if v is not None]
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.3g}" + (f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else "")
+
+
+def text(store):
+    from bound import rank_correlation
+
+    groups = {row: [store[key] for key in sorted(store) if key.rsplit("-seed", 1)[0] == row] for row in ("erm", "full")}
+    lines = [f"Made by `python results/bound_table.py` from {len(store)} runs of the ablation. Mean and standard deviation over "
+             f"{len(groups['erm'])} seeds (baseline) and {len(groups['full'])} (full method); targets: mean over the six unseen ones.", "",
+             "| term | source, baseline | source, full | unseen targets, baseline | unseen targets, full |", "|---|---|---|---|---|"]
+    for key, name in TERMS:
+        cells = [cell([r[where][key] for r in groups[row]]) for where in ("source", "unseen") for row in ("erm", "full")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    cells = [cell([r["n_eff"] / r["pixels"] for r in groups[row]]) for row in ("erm", "full")]
+    lines.append(f"| $`n_{{\\mathrm{{eff}}}}`$ as a share of the labelled cells | {' | '.join(cells)} | | |")
+    held = sum(r["holds"] for r in store.values())
+    runs = list(store.values())
+    over_runs = [rank_correlation([r["unseen"][k] for r in runs], [r["unseen"]["left"] for r in runs])
+                 for k in ("right", "right_direct")]
+    within = [statistics.mean(rank_correlation([t[k] for t in r["targets"]], [t[2] for t in r["targets"]]) for r in runs)
+              for k in (0, 1)]
+    lines += ["", f"Every inequality held on the data of {held} of {len(runs)} runs. Rank correlation of the right side with the target "
+              f"risk over all {len(runs)} runs (means over the unseen targets): Eq. 12 {over_runs[0]:+.2f}, Eq. 13 {over_runs[1]:+.2f}; "
+              f"over the six targets within a run, averaged over runs: Eq. 12 {within[0]:+.2f}, Eq. 13 {within[1]:+.2f}."]
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--table", action="store_true", help="measure nothing")
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args()
+    store = json.loads(STORE.read_text()) if STORE.exists() else {}
+    folders = [f for f in sorted(RUNS.glob("*-seed*")) if not f.name.startswith("oracle") and (f / "results.json").exists()]
+    if not args.table:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for folder, report in zip(folders, pool.map(measure, folders)):
+                store[folder.name] = shorten(report)
+                STORE.write_text(json.dumps(store, indent=0, sort_keys=True) + "\n")
+                print(folder.name, flush=True)
+    chapter = HERE.parent / "theory.md"
+    head, rest = chapter.read_text(encoding="utf-8").split("<!-- measured:begin -->")
+    tail = rest.split("<!-- measured:end -->")[1]
+    chapter.write_text(f"{head}<!-- measured:begin -->\n{text(store)}\n<!-- measured:end -->{tail}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
