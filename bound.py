@@ -10,6 +10,7 @@ of them on the source and on every target of a run, in constant memory, and chec
     Eq. 10  -g_y |z - p_y| <= l(z, y) - h_y <= L_y |z - p_y|       h_y = l(p_y, y), g_y = |grad l(p_y, y)|
     Eq. 12  R_T <= R_S + g A_S + L A_T + osc(h) TV(pi_S, pi_T)     the hub: both domains meet at the prototypes
     Eq. 13  R_T <= sum_y pi_T(y) (h_y + L_y A~_T(y))               never larger, but does not mention the source
+    Eq. 25  R_T <= H_T + E[|grad l(z, y)| |z - p_y|~]              the same with the slope where each pixel stands
     Eq. 16  A^O <= A^V + G                                         two legs: pixel to VTP, VTP to OTP
     Eq. 18  A_{S_w} - A_S = covariance of w and |z - p_y| within the classes     what the learning weights gain
     Eq. 22  n_eff = (sum w)^2 / sum w^2                                          and what they cost
@@ -70,6 +71,12 @@ def hub_slope(prototypes, tau):
     """Eq. 10: g_y = |sum_c q_c p_c - p_y| / tau at z = p_y, (K,); at most L_y, and how much less depends on tau."""
     prob = (prototypes @ prototypes.T / tau).softmax(dim=1)  # row y: the softmax at z = p_y
     return (prob @ prototypes - prototypes).norm(dim=1) / tau
+
+
+def local_slope(emb, label, prototypes, tau):
+    """Eq. 25: |grad l(z, y)| at every pixel, (N,), for labels without void; at most (1 - omega) L_y (Eq. 9)."""
+    prob = (emb @ prototypes.T / tau).softmax(dim=1)
+    return (prob @ prototypes - prototypes[label]).norm(dim=1) / tau
 
 
 def loss_ceiling(prototypes, tau):
@@ -308,8 +315,9 @@ def _pixel_terms(z, y, otp, near, tau, basis):
     """Everything that the theorem asks of a pixel: z (N, D), y (N,) without void -> name: (N,)."""
     loss = score_loss(z, y, otp, tau)
     along = basis.T @ (z - otp[y]).T  # (r, N): the part of z - p_y that the loss can see
-    terms = dict(risk=loss, radius_otp=distance(z, y, otp), radius_span=along.norm(dim=0),
-                 error=((z @ otp.T).argmax(dim=1) != y).float())
+    along = along.norm(dim=0)
+    terms = dict(risk=loss, radius_otp=distance(z, y, otp), radius_span=along,
+                 climb=local_slope(z, y, otp, tau) * along, error=((z @ otp.T).argmax(dim=1) != y).float())
     if near is not None:
         gap = (near - otp).norm(dim=1)  # (K,)
         terms.update(risk_vtp=score_loss(z, y, near, tau), radius_vtp=distance(z, y, near), gap=gap[y],
@@ -373,6 +381,7 @@ def describe(source, domain, otp, tau):
     row["left"] = row["risk"]
     row["right"] = hub_bound(risk_s, radius_s, row["radius_otp"], slope, row["lipschitz"], osc, tv)
     row["right_direct"] = direct_bound(share_t, hub, lipschitz, domain.class_mean("radius_span"))
+    row["right_local"] = (share_t * hub).sum().item() + domain.mean("climb")
     row["ceiling"] = loss_ceiling(otp, tau)
     row["vacuous"] = row["right"] > row["ceiling"]
     row["slope_measured"] = (row["risk"] - (share_t * hub).sum().item()) / max(row["radius_otp"], 1e-12)
@@ -381,7 +390,8 @@ def describe(source, domain, otp, tau):
     row["share_ratio"] = ratio if math.isfinite(ratio) else None
     checks = {"eq_12": holds(row["left"], row["right"]), "eq_13": holds(row["left"], row["right_direct"]),
               "eq_13_below_12": holds(row["right_direct"], row["right"]),
-              "eq_15": holds(row["gamma_low"], row["gamma_high"])}
+              "eq_15": holds(row["gamma_low"], row["gamma_high"]),
+              "eq_25": holds(row["left"], row["right_local"]) and holds(row["right_local"], row["right_direct"])}
     if "weight" in source:  # the weighted source is one more distribution, hence one more valid right side
         weighted = source.total["weight"] / source.total["weight"].sum()
         s = _sample_size(source)
@@ -490,15 +500,17 @@ def print_bound(report):
     first = next(iter(rows.values()))
     print(f"\ntau {report['tau']}   slope anywhere L {first['lipschitz']:.2f}   "
           f"slope at the prototypes g {first['slope']:.2f}   largest loss possible {first['ceiling']:.2f}")
-    print(f"{'domain':17s} images left=R error   A^O   A^V     G   osc    TV n_eff/n   gamma in    direct  right "
-          f" holds")
+    print(f"{'domain':17s} images left=R error   A^O   A^V     G   osc    TV n_eff/n   gamma in     local direct "
+          f" right  holds")
     for name, r in rows.items():
         verdict = ("yes" if r["holds"] else "NO: a bug") + (", vacuous" if r["vacuous"] else "")
         near, gap = (f"{r[key]:5.3f}" if r[key] is not None else f"{'-':>5s}" for key in ("radius_vtp", "gap"))
         print(f"{name:17s} {r['images']:6d} {r['risk']:6.3f} {r['error']:5.3f} {r['radius_otp']:5.3f} {near} {gap} "
               f"{r['osc']:5.2f} {r['tv']:5.3f} {r['n_eff'] / r['pixels']:7.3f} "
-              f"[{r['gamma_low']:.2f}, {r['gamma_high']:.2f}] {r['right_direct']:7.2f} {r['right']:6.2f}  {verdict}")
-    print("right = R_S + g A_S + L A^O + osc TV (Eq. 12), direct = Eq. 13; vacuous: above the largest loss possible")
+              f"[{r['gamma_low']:.2f}, {r['gamma_high']:.2f}] {r['right_local']:6.2f} {r['right_direct']:6.2f} "
+              f"{r['right']:6.2f}  {verdict}")
+    print("right = R_S + g A_S + L A^O + osc TV (Eq. 12), direct: Eq. 13, local: Eq. 25; "
+          "vacuous: right is above the largest loss possible")
     source = rows["source"]
     if "radius_weighted" in source:
         print(f"learning weights (Eq. 18): radius {source['radius_otp']:.3f} -> {source['radius_weighted']:.3f}, "
@@ -536,6 +548,7 @@ def draw_bound(report, file):
         start = [a + b for a, b in zip(start, size)]
     left.plot([rows[n]["left"] for n in names], place, "k|", markersize=18, markeredgewidth=3, label="risk (left side)")
     left.plot([rows[n]["right_direct"] for n in names], place, "kx", label="direct bound (Eq. 13)")
+    left.plot([rows[n]["right_local"] for n in names], place, "k.", label="with local slopes (Eq. 25)")
     left.axvline(source["ceiling"], color="grey", linestyle=":", label="largest loss possible")
     left.set(yticks=place, yticklabels=names, xlabel="nats", title="Eq. 12: what the right side is made of")
     left.invert_yaxis()
@@ -548,7 +561,7 @@ def draw_bound(report, file):
     right.plot([rows[n]["radius_span"] for n in names], place, "kx", label="the part of it that the loss sees (Eq. 11)")
     right.set(xlabel="distance", title="Eq. 16: two legs, and the straight way")
     for axis in (left, right):
-        axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=2, frameon=False)
+        axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=2, frameon=False, markerscale=0.5)
     figure.savefig(file, dpi=110)
 
 

@@ -224,6 +224,25 @@ def test_the_loss_is_held_between_the_two_cones_at_the_prototype():
         assert (rise >= -bound.hub_slope(p, tau)[label] * way - TOL).all()
 
 
+def test_the_slope_where_the_pixel_stands_is_enough_and_never_exceeds_the_constant():
+    for seed in range(DRAWS):
+        g = rng(seed)
+        p, tau = random_prototypes(g), uniform(g, 0.03, 1)
+        emb, label = random_domain(g, p)
+        emb, label = emb[label != VOID], label[label != VOID]
+        steep, basis = bound.local_slope(emb, label, p, tau), bound.span_basis(p)
+        assert steep[0].item() == pytest.approx(slope(emb[0], int(label[0]), p, tau).norm().item(), abs=1e-9)
+        rise = bound.score_loss(emb, label, p, tau) - bound.hub_loss(p, tau)[label]
+        assert (rise <= steep * bound.distance(emb @ basis, label, p @ basis) + TOL).all()
+        assert (steep <= bound.lipschitz_per_class(p, tau)[label] + TOL).all()
+
+
+def test_the_slope_where_another_pixel_stands_is_not_enough():
+    p, tau, label = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).double(), 0.1, torch.tensor([0])
+    rise = bound.risk(p[1:], label, p, tau) - bound.hub_loss(p, tau)[0]
+    assert bound.local_slope(p[:1], label, p, tau) * 2 < rise <= bound.local_slope(p[1:], label, p, tau) * 2
+
+
 def test_the_slope_at_the_prototype_is_too_small_for_the_way_up():
     p, tau = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), 0.1
     rise = bound.score_loss(p[1:], torch.tensor([0]), p, tau) - bound.hub_loss(p, tau)[0]
@@ -805,6 +824,8 @@ def test_streaming_gives_the_terms_of_all_pixels_at_once(world):
                     gap_max=gap.amax(1).mean().item(), risk_vtp=F.cross_entropy(sim, label).item(),
                     error=((emb @ otp.T).argmax(1) != label).float().mean().item(),
                     radius_span=((emb - otp[label]) @ bound.span_basis(otp)).norm(dim=1).mean().item())
+    steep = torch.stack([slope(z, y, otp, tau).norm() for z, y in zip(emb, label.tolist())])
+    expected["climb"] = (steep * ((emb - otp[label]) @ bound.span_basis(otp)).norm(dim=1)).mean().item()
     for name, value in expected.items():
         assert domain.mean(name) == pytest.approx(value, rel=1e-4), name
     assert torch.allclose(domain.class_mean("radius_otp")[:5].float(),
@@ -921,7 +942,7 @@ def test_measuring_a_run_writes_every_term_and_finds_no_violation(world, capsys,
     for name, row in stored["domains"].items():
         assert set(REQUIRED) <= set(row), name
         assert row["holds"] is True and all(row["checks"].values()), (name, row["checks"])
-        assert row["left"] == row["risk"] <= row["right_direct"] <= row["right"]
+        assert row["left"] == row["risk"] <= row["right_local"] <= row["right_direct"] <= row["right"]
         recomputed = (stored["domains"]["source"]["risk"] + row["slope"] * stored["domains"]["source"]["radius_otp"]
                       + row["lipschitz"] * row["radius_otp"] + row["osc"] * row["tv"])
         assert row["right"] == pytest.approx(recomputed), "the right side can be read off the other columns"
