@@ -469,6 +469,7 @@ def training_view(item, crop, rng, mapillary="A", augment=True):
     if augment:
         if rng.random() < 0.5:
             image, label = image.transpose(Image.FLIP_LEFT_RIGHT), label[:, ::-1]
+            offset = crop[1] - size[0] - offset[0], offset[1]
         image = gaussian_blur(colour_jitter(image, rng), rng)
     x, y = offset
     canvas = np.empty((*crop, 3), np.uint8)
