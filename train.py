@@ -69,7 +69,7 @@ class Config:
     reweight_per_class: bool = option(True, "means of Eq. 6 within each class, not over the batch")
     tau_w: float = option(0.07, "temperature of the reliability, Eq. 5")
     w_min: float = option(0.1, "least learning weight, Eq. 6")
-    text_weight: float = option(0.0, "share of the text score <z, OTP> / tau in the prediction, 0 to 1")
+    text_weight: float = option(0.5, "share of the text score <z, OTP> / tau in the prediction, 0 to 1")
     # the network and its optimiser
     stride: int = option(None, "stride of a ResNet's dense embedding: 32, 16 or 8 (a ViT's is its patch)", (8, 16, 32))
     freeze: int = option(None, "how many of CLIP's 5 stages stay frozen")
@@ -107,7 +107,7 @@ PRESETS = {
                  steps=40000, batch=8, crop=512, lr=1e-4, amp="auto", workers=8),
     # fp32, so that a student's numbers are those of the committed table on any processor.
     "toy": dict(targets=("toy-cityscapes", "toy-bdd", "toy-mapillary", "toy-night", "toy-fog", "toy-snow"), harmful=0.1,
-                clip="toy", stride=8, freeze=0, width=48, steps=400, batch=8, crop=96, lr=1e-3, amp="fp32", workers=2),
+                clip="toy", stride=8, freeze=0, width=48, steps=250, batch=8, crop=96, lr=3e-3, amp="fp32", workers=2),
 }
 # What --method erm switches off. All else stays, at the same seed to the bit: data, initial weights, optimiser.
 ERM = dict(align="none", w_align=0.0, w_vtp=0.0, reweight="none", text_weight=0.0)

@@ -37,6 +37,8 @@ ROWS = {
     "random": ("control: random prototypes", "--prototypes random"),
     "source": ("source-mean prototypes", "--prototypes source"),
     "reversed": ("schedule reversed: difficult to easy", "--align reversed"),
+    "erm-freeze3": ("baseline, CLIP's first 3 stages frozen", "--method erm --freeze 3"),
+    "full-freeze3": ("full, CLIP's first 3 stages frozen", "--freeze 3"),
     "only-reweight": ("weights alone (full without alignment)", "--align none --w-vtp 0 --text-weight 0"),
     "full-harm30": ("full, 30 % harmful scenes", "--harmful 0.3"),
     "no-reweight-harm30": ("full without weights, 30 % harmful scenes", "--reweight none --harmful 0.3"),
@@ -55,6 +57,7 @@ ROWS = {
 # Claims of the abstract: (sentence, row, row that it is compared with).
 CLAIMS = (
     ("The full method beats the baseline", "full", "erm"),
+    ("The same with CLIP's first 3 stages frozen in both", "full-freeze3", "erm-freeze3"),
     ("Text prototypes beat source-mean prototypes", "full", "source"),
     ("Text prototypes beat random ones", "full", "random"),
     ("Easy to difficult beats difficult to easy", "full", "reversed"),
