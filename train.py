@@ -160,7 +160,7 @@ def configure(given):
         ("steps", config.steps >= 1, "at least 1"), ("batch", config.batch >= 1, "at least 1"),
         ("micro-batch", config.micro_batch >= 0, "at least 0"), ("workers", config.workers >= 0, "at least 0"),
         ("width", config.width >= 8 and config.width % 8 == 0, "a positive multiple of 8"),
-        ("crop", config.crop >= 32 and config.crop % 32 == 0, "a positive multiple of 32"),
+        ("crop", config.crop >= 32, "at least 32"),
         ("lr", config.lr > 0, "positive"), ("lr-clip", config.lr_clip >= 0, "at least 0"),
         ("tau", config.tau > 0, "positive"), ("tau-w", config.tau_w > 0, "positive"),
         ("w-min", 0 <= config.w_min < 1, "in [0, 1)"), ("w-align", config.w_align >= 0, "at least 0"),
@@ -307,7 +307,8 @@ def backward_batch(network, image, label, config, step, autocast):
     ramp = align.progress(step, config.steps, config.progress_start, config.progress_end)
     lam = align.SCHEDULES.get(config.align, align.SCHEDULES["otp"])(ramp)
     grid = to_grid(label, module.net.encoder.stride)  # (B, h, w)
-    parts = torch.arange(len(image)).split(config.micro_batch or len(image))
+    size = config.micro_batch or len(image)
+    parts = [slice(i, i + size) for i in range(0, len(image), size)]  # slices: views, in whatever memory layout
 
     def forward(part):
         with autocast():
@@ -497,6 +498,8 @@ def train(config, checkpoint, rank, processes, device):
         for items in sources:
             data.check_pairs(items, mapillary=config.mapillary)
     module, report = build(config)
+    if config.crop % module.net.encoder.multiple:
+        raise RunError(f"--crop {config.crop} must be a multiple of {module.net.encoder.multiple} for --clip {config.clip}.")
     stream = data.TrainingStream(sources, config.crop, config.seed, config.mapillary)
     if checkpoint:
         module.net.load_state_dict(checkpoint["model"])

@@ -182,6 +182,26 @@ def table(rows):
     return "\n".join(lines) + "\n"
 
 
+def summary(rows):
+    """The few lines of it that the README shows."""
+    lines = ["| mIoU in %, mean ± standard deviation over seeds | n | held-out source | unseen mean | "
+             + " | ".join(u[4:] for u in UNSEEN) + " |", "|---|---|---|---|" + "---|" * len(UNSEEN)]
+    for name in ("erm", "full", "erm-freeze3", "full-freeze3"):
+        cells = [spread(list(column(rows, name, key).values())) for key in ("toy-gta5", "unseen", *UNSEEN)]
+        lines.append(f"| {ROWS[name][0]} | {len(column(rows, name))} | {' | '.join(cells)} |")
+    n, mean, half, least = paired(column(rows, "full"), column(rows, "erm"))
+    return "\n".join(lines + ["", f"Full method against baseline on the unseen mean, paired over {n} seeds: {mean:+.1f} mIoU, 95 % "
+                              f"interval {mean - half:+.1f} to {mean + half:+.1f}, least {least:+.1f}. Printed by "
+                              "`python results/ablate.py --table`; all rows, claims and controls stand in `results/toy.md`."])
+
+
+def put(file, mark, content):
+    """Replace what stands between <!-- mark:begin --> and <!-- mark:end --> of a document."""
+    head, rest = file.read_text(encoding="utf-8").split(f"<!-- {mark}:begin -->")
+    tail = rest.split(f"<!-- {mark}:end -->")[1]
+    file.write_text(f"{head}<!-- {mark}:begin -->\n{content}\n<!-- {mark}:end -->{tail}", encoding="utf-8")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
@@ -201,6 +221,7 @@ def main():
                 writer.writerow(row)
             print(f"{row['row']:20s} seed {row['seed']}   unseen {row['unseen']}   {row['seconds']} s", flush=True)
     (HERE / "toy.md").write_text(table(read()), encoding="utf-8")
+    put(HERE.parent / "README.md", "toy", summary(read()))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+from ablate import put  # noqa: E402
+
 RUNS = HERE.parent / "runs" / "ablation"
 STORE = HERE / "bound.json"
 TERMS = (("left", "risk $`R_T`$ (left side)"), ("right", "right side of Eq. 12"), ("right_direct", "right side of Eq. 13"),
@@ -94,10 +96,7 @@ def main():
                 store[folder.name] = shorten(report)
                 STORE.write_text(json.dumps(store, indent=0, sort_keys=True) + "\n")
                 print(folder.name, flush=True)
-    chapter = HERE.parent / "theory.md"
-    head, rest = chapter.read_text(encoding="utf-8").split("<!-- measured:begin -->")
-    tail = rest.split("<!-- measured:end -->")[1]
-    chapter.write_text(f"{head}<!-- measured:begin -->\n{text(store)}\n<!-- measured:end -->{tail}", encoding="utf-8")
+    put(HERE.parent / "theory.md", "measured", text(store))
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ def scenes():
     pairs = []
     for label, other in zip(labels, labels[1:]):
         pred = np.where(rng.random(label.shape) < 0.8, np.roll(label, 3, axis=1), other)
+        label[-6:] = VOID  # the bonnet of the camera's own car
         pairs.append((np.where(pred == VOID, 0, pred).astype(np.uint8), label))
-    assert any((label == VOID).any() for _, label in pairs)
     return pairs
 
 
