@@ -385,12 +385,12 @@ def describe(source, domain, otp, tau):
     row["ceiling"] = loss_ceiling(otp, tau)
     row["vacuous"] = row["right"] > row["ceiling"]
     row["slope_measured"] = (row["risk"] - (share_t * hub).sum().item()) / max(row["radius_otp"], 1e-12)
-    row["gamma_low"], row["gamma_high"] = transport_bracket(source, domain, lipschitz)
+    row["reach_low"], row["reach_high"] = transport_bracket(source, domain, lipschitz)
     ratio = (share_t / share_s)[share_t > 0].max().item()
     row["share_ratio"] = ratio if math.isfinite(ratio) else None
     checks = {"eq_12": holds(row["left"], row["right"]), "eq_13": holds(row["left"], row["right_direct"]),
               "eq_13_below_12": holds(row["right_direct"], row["right"]),
-              "eq_15": holds(row["gamma_low"], row["gamma_high"]),
+              "eq_15": holds(row["reach_low"], row["reach_high"]),
               "eq_25": holds(row["left"], row["right_local"]) and holds(row["right_local"], row["right_direct"])}
     if "weight" in source:  # the weighted source is one more distribution, hence one more valid right side
         weighted = source.total["weight"] / source.total["weight"].sum()
@@ -406,7 +406,7 @@ def describe(source, domain, otp, tau):
 
 
 def transport_bracket(source, domain, lipschitz):
-    """Eq. 15: two numbers with gamma = sum_y pi_T(y) W_1(T_y, S_y) between them; no transport problem is solved.
+    """Eq. 15: two numbers with the reach, sum_y pi_T(y) W_1(T_y, S_y), between them; no transport problem is solved.
 
     From below by what any 1-Lipschitz function tells apart (the distance to p_y, the loss over L_y, the mean), from
     above by moving every pixel to its prototype and on from there. For a class that the source does not have, the
@@ -500,14 +500,14 @@ def print_bound(report):
     first = next(iter(rows.values()))
     print(f"\ntau {report['tau']}   slope anywhere L {first['lipschitz']:.2f}   "
           f"slope at the prototypes g {first['slope']:.2f}   largest loss possible {first['ceiling']:.2f}")
-    print(f"{'domain':17s} images left=R error   A^O   A^V     G   osc    TV n_eff/n   gamma in     local direct "
+    print(f"{'domain':17s} images left=R error   A^O   A^V     G   osc    TV n_eff/n   reach in     local direct "
           f" right  holds")
     for name, r in rows.items():
         verdict = ("yes" if r["holds"] else "NO: a bug") + (", vacuous" if r["vacuous"] else "")
         near, gap = (f"{r[key]:5.3f}" if r[key] is not None else f"{'-':>5s}" for key in ("radius_vtp", "gap"))
         print(f"{name:17s} {r['images']:6d} {r['risk']:6.3f} {r['error']:5.3f} {r['radius_otp']:5.3f} {near} {gap} "
               f"{r['osc']:5.2f} {r['tv']:5.3f} {r['n_eff'] / r['pixels']:7.3f} "
-              f"[{r['gamma_low']:.2f}, {r['gamma_high']:.2f}] {r['right_local']:6.2f} {r['right_direct']:6.2f} "
+              f"[{r['reach_low']:.2f}, {r['reach_high']:.2f}] {r['right_local']:6.2f} {r['right_direct']:6.2f} "
               f"{r['right']:6.2f}  {verdict}")
     print("right = R_S + g A_S + L A^O + osc TV (Eq. 12), direct: Eq. 13, local: Eq. 25; "
           "vacuous: right is above the largest loss possible")

@@ -26,7 +26,6 @@ Run `python model.py` for a demonstration in seconds.
 """
 
 import os
-import urllib.error
 import urllib.request  # clip.load uses it after a bare `import urllib`
 import warnings
 from typing import NamedTuple
@@ -70,13 +69,15 @@ def load_clip(name_or_path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript announces its retirement at every load
-            model = clip.load(name_or_path, device="cpu")[0]
-    except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
-        url = clip.clip._MODELS[name_or_path]
-        raise ModelError(f"CLIP {name_or_path} could not be downloaded ({getattr(error, 'reason', error)}): fetch {url} "
-                         f"elsewhere and put it into ~/.cache/clip, or pass its path with --clip.") from None
+            model = clip.load(name_or_path, device="cpu")[0] if known else _from_file(name_or_path)
+    except OSError as error:  # of the network or of the disk
+        where = f"fetch {clip.clip._MODELS[name_or_path]} elsewhere and put it into ~/.cache/clip, or pass its path with --clip" \
+            if known else "is it readable?"
+        raise ModelError(f"CLIP {name_or_path} could not be had ({getattr(error, 'reason', error)}): {where}.") from None
     except Exception as error:  # a foreign or damaged file fails in a dozen ways; the user needs the file and the reason
         reason = " ".join(str(error).split())[:300]
+        if "weights_only" in reason:  # torch advises to switch its protection off; we do not
+            reason = "it is damaged, or holds more than tensors"
         raise ModelError(f"{name_or_path} is no CLIP checkpoint that can be loaded ({type(error).__name__}: {reason}); "
                          f"it must be a TorchScript archive or a plain state dict in OpenAI's format.") from None
     model = model.float().eval().requires_grad_(False)
@@ -84,6 +85,18 @@ def load_clip(name_or_path):
     report = (f"CLIP {name_or_path}: {kind}, joint width {model.text_projection.shape[1]}, "
               f"{len(model.state_dict())} tensors loaded, 0 missing, 0 left over")
     return model, report
+
+
+def _from_file(path):
+    """A CLIP from a TorchScript archive or a state dict, strictly, in the file's own precision."""
+    try:
+        state = torch.jit.load(path, map_location="cpu").state_dict()
+    except RuntimeError:  # not an archive
+        state = torch.load(path, map_location="cpu", weights_only=True)  # a pickle may hold code: refused, not run
+    state = {key: value for key, value in state.items() if key not in ("input_resolution", "context_length", "vocab_size")}
+    model = clip.model.build_model(dict(state)).float()  # built in half precision, as OpenAI ships; hence once more:
+    model.load_state_dict(state)
+    return model
 
 
 def architecture(visual):
@@ -179,7 +192,7 @@ class DenseCLIP(nn.Module):
         self.visual.requires_grad_(True)
         for module in self.visual.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.requires_grad_(False)
+                module.eval().requires_grad_(False)
         if not self.is_vit:  # how CLIP pools is CLIP's: `pooled` is to be its opinion, not one more thing that drifts
             pool = self.visual.attnpool
             for part in (pool.q_proj, pool.k_proj):

@@ -583,6 +583,17 @@ def test_a_bad_file_in_training_is_named_once_and_the_next_pair_takes_its_place(
     assert again._named.sum() == 1  # the workers share their knowledge of whom they have named
 
 
+def test_the_pair_that_takes_a_bad_ones_place_is_of_the_same_source(sources):
+    stream = data.TrainingStream(sources, 96, seed=1)
+    n = next(n for n in range(0, 14, 2) if stream.locate(n)[1] == 2 and stream.locate(n, skip=1)[1] != 2)
+    Path(sources[0][2].label).write_text("404 not found")
+    with pytest.warns(UserWarning, match="another pair takes its place"):
+        label = stream[n][1]
+    rng = np.random.default_rng([1, 1, n])
+    want = data.training_view(sources[0][stream.locate(n, skip=1)[1]], (96, 96), rng)[1]
+    assert np.array_equal(label.numpy(), want)
+
+
 def test_training_stops_when_nothing_can_be_read_any_more(tmp_path):
     write_tiny(tmp_path, "gta5", n=6)
     stream = data.TrainingStream([data.list_items("gta5", tmp_path, "train")], 32, 0)

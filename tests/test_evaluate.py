@@ -47,7 +47,7 @@ def random_pair(classes, shape=(40, 60), seed=0):
 @pytest.fixture(scope="module")
 def scenes():
     """(prediction, label) of drawn street scenes; the prediction is the label moved a little, or another scene's."""
-    labels = [toy.draw("toy-bdd", "val", index)[1] for index in range(5)]
+    labels = [toy.draw("toy-bdd", "val", index)[1].copy() for index in range(5)]
     rng = np.random.default_rng(0)
     pairs = []
     for label, other in zip(labels, labels[1:]):

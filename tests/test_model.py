@@ -131,7 +131,6 @@ def test_a_truncated_file_is_an_error_that_names_the_file(form, tmp_path):
         load_clip(path)
 
 
-@pytest.mark.xfail(strict=True, reason="clip.build_model rounds to half precision before it copies")
 def test_a_float32_state_dict_keeps_its_precision(tmp_path):
     original = small_clip("vit")
     with torch.no_grad():
@@ -142,7 +141,6 @@ def test_a_float32_state_dict_keeps_its_precision(tmp_path):
     assert torch.equal(loaded.text_projection, original.text_projection)
 
 
-@pytest.mark.xfail(strict=True, reason="torch's own message is passed on")
 @pytest.mark.parametrize("content", [b"404: Not Found\n", pickle.dumps({"path": pathlib.PurePosixPath("x")})])
 def test_the_message_does_not_tell_the_user_to_switch_the_protection_off(content, tmp_path):
     (tmp_path / "page.pt").write_bytes(content)
@@ -216,7 +214,6 @@ def test_an_unreachable_hub_is_one_sentence_with_the_address_and_the_folder(erro
     assert str(getattr(error, "reason", error)) in message and "\n" not in message
 
 
-@pytest.mark.xfail(strict=True, reason="blames the checkpoint")
 def test_a_full_disk_is_no_fault_of_the_checkpoint(monkeypatch, tmp_path):
     def urlopen(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -638,7 +635,6 @@ def test_frozen_batch_norm_stays_through_train_mode_and_an_optimiser_step_with_w
     assert not any(m.training for m in net.modules())
 
 
-@pytest.mark.xfail(strict=True, reason="BatchNorm of a fresh tower trains until train() or eval() is called")
 def test_batch_norm_is_frozen_from_the_first_moment_and_not_only_after_train_or_eval():
     net = SegmentationNet.from_arch(small_net("resnet").arch)
     assert not any(m.training for m in net.modules() if isinstance(m, nn.BatchNorm2d))

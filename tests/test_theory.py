@@ -374,15 +374,15 @@ def test_reach_bounds_radius_and_risk_of_an_unseen_target():
 
             first, second, target = pixels(3), pixels(3), pixels(6)
             hull = torch.cat([first, second]) if seed % 2 else first.repeat(2, 1)
-            gamma, label = wasserstein(target, hull), torch.full((6,), y)
-            assert bound.alignment_radius(target, label, p) <= bound.alignment_radius(hull, label, p) + gamma + TOL
+            reach, label = wasserstein(target, hull), torch.full((6,), y)
+            assert bound.alignment_radius(target, label, p) <= bound.alignment_radius(hull, label, p) + reach + TOL
             left += share[y].item() * bound.risk(target, label, p, tau)
-            right += share[y].item() * (bound.risk(hull, label, p, tau) + steep[y].item() * gamma)
+            right += share[y].item() * (bound.risk(hull, label, p, tau) + steep[y].item() * reach)
             low, high = abs(bound.alignment_radius(target, label, p) - bound.alignment_radius(hull, label, p)), (
                 bound.alignment_radius(target, label, p) + bound.alignment_radius(hull, label, p))
             low = max(low, (target.mean(0) - hull.mean(0)).norm().item(),
                       abs(bound.risk(target, label, p, tau) - bound.risk(hull, label, p, tau)) / steep[y].item())
-            assert low - TOL <= gamma <= high + TOL  # Eq. 15
+            assert low - TOL <= reach <= high + TOL  # Eq. 15
         assert left <= right + TOL
 
 
@@ -391,15 +391,15 @@ def test_reach_is_an_equality_when_the_target_is_the_source_pushed_away_from_its
     source = p[:1] + torch.tensor([[0.0, 0.1, 0.0], [0.0, 0.3, 0.0]]).double()  # Eq. 14 needs no unit length
     target = source + torch.tensor([0.0, 0.5, 0.0], dtype=torch.float64)
     label = torch.zeros(2, dtype=torch.long)
-    gamma = wasserstein(target, source)
-    assert bound.alignment_radius(target, label, p) == pytest.approx(bound.alignment_radius(source, label, p) + gamma)
+    reach = wasserstein(target, source)
+    assert bound.alignment_radius(target, label, p) == pytest.approx(bound.alignment_radius(source, label, p) + reach)
 
 
 def test_a_target_outside_the_reach_breaks_the_promise():
     p, tau = torch.eye(2, dtype=torch.float64), 0.1
     source, target, label = p[:1], p[1:], torch.tensor([0])
-    for gamma, kept in ((0.0, False), (wasserstein(target, source), True)):
-        promised = bound.risk(source, label, p, tau) + bound.lipschitz_constant(p, tau) * gamma
+    for reach, kept in ((0.0, False), (wasserstein(target, source), True)):
+        promised = bound.risk(source, label, p, tau) + bound.lipschitz_constant(p, tau) * reach
         assert (bound.risk(target, label, p, tau) <= promised + TOL) is kept
 
 
@@ -557,7 +557,7 @@ def test_weights_at_another_temperature_can_raise_the_risk():
 
 
 def harmful_terms(clean, harmful, target, w_clean, w_harmful):
-    """(W_1 from the target to the weighted source, gamma, distortion of clean pixels, harmful mass left) of one class.
+    """(W_1 from the target to the weighted source, reach, distortion of clean pixels, harmful mass left) of one class.
 
     All weights are multiples of 1 / 6 of the class, so that each distribution is uniform on 6 points with repetition.
     """
@@ -578,20 +578,20 @@ def test_reach_of_a_contaminated_source_under_weights():
         w_clean, w_harmful = (torch.tensor(w) for w in cases[seed % len(cases)])
         clean, target = units(g, 2, 4), units(g, 6, 4)
         if seed % 2:
-            target = clean.repeat(3, 1)  # gamma = 0: what is left is what the weights and the contamination do
-        w1, gamma, distortion, left_over = harmful_terms(clean, units(g, 1, 4), target, w_clean, w_harmful)
-        assert w1 <= gamma + distortion + left_over + TOL
+            target = clean.repeat(3, 1)  # reach = 0: what is left is what the weights and the contamination do
+        w1, reach, distortion, left_over = harmful_terms(clean, units(g, 1, 4), target, w_clean, w_harmful)
+        assert w1 <= reach + distortion + left_over + TOL
 
 
 def test_harmful_reach_is_an_equality_for_opposite_points_and_fails_without_either_term():
     clean = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     target = clean.repeat(6, 1)
-    w1, gamma, distortion, left_over = harmful_terms(clean, -clean, target, torch.tensor([5]), torch.tensor([1]))
-    assert gamma == distortion == 0 and w1 == pytest.approx(left_over) and w1 > 0.3  # fails without the harmful term
+    w1, reach, distortion, left_over = harmful_terms(clean, -clean, target, torch.tensor([5]), torch.tensor([1]))
+    assert reach == distortion == 0 and w1 == pytest.approx(left_over) and w1 > 0.3  # fails without the harmful term
     clean = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)  # hard but clean pixels, weighted away
-    w1, gamma, distortion, left_over = harmful_terms(clean, clean[:1], clean.repeat(3, 1), torch.tensor([6, 0]),
+    w1, reach, distortion, left_over = harmful_terms(clean, clean[:1], clean.repeat(3, 1), torch.tensor([6, 0]),
                                                      torch.tensor([0]))
-    assert gamma == left_over == 0 and w1 == pytest.approx(distortion) and w1 > 0.9  # ... and without the distortion
+    assert reach == left_over == 0 and w1 == pytest.approx(distortion) and w1 > 0.9  # ... and without the distortion
 
 
 def test_class_shares_under_weights():
@@ -707,13 +707,13 @@ def test_the_whole_chain_on_finite_domains():
         emb, label = random_domain(g, p)
         emb, label = emb[label != VOID], label[label != VOID]
         moved = F.normalize(emb + uniform(g, 0, 1) * units(g, *emb.shape), dim=1)
-        gamma = class_means((moved - emb).norm(dim=1), label, k).nan_to_num(0.0)  # one coupling, hence at least W_1
+        reach = class_means((moved - emb).norm(dim=1), label, k).nan_to_num(0.0)  # one coupling, hence at least W_1
         share_s = own_shares(label, k)
         share_t = torch.rand(k, generator=g, dtype=torch.float64) * (share_s > 0)
         share_t = share_t / share_t.sum()
         left = (share_t * class_means(bound.score_loss(moved, label, p, tau), label, k).nan_to_num(0.0)).sum().item()
         rho = (share_t / share_s)[share_s > 0].max().item()
-        paid = (share_t * bound.lipschitz_per_class(p, tau) * gamma).sum().item()
+        paid = (share_t * bound.lipschitz_per_class(p, tau) * reach).sum().item()
         assert left <= rho * bound.risk(emb, label, p, tau) + paid + TOL
 
 
@@ -947,12 +947,12 @@ def test_measuring_a_run_writes_every_term_and_finds_no_violation(world, capsys,
                       + row["lipschitz"] * row["radius_otp"] + row["osc"] * row["tv"])
         assert row["right"] == pytest.approx(recomputed), "the right side can be read off the other columns"
         assert (row["radius_vtp"] is None) == (row["gap"] is None) == (method == "erm")
-        assert row["gamma_low"] <= row["gamma_high"] + 1e-9
+        assert row["reach_low"] <= row["reach_high"] + 1e-9
         assert 0 <= row["tv"] <= 1 and row["n_eff"] <= row["pixels"] * (1 + 1e-9)
         assert row["vacuous"] is (row["right"] > row["ceiling"])
         assert ("radius_weighted" in row) == (method == "ppar" and name == "source"), "weights belong to training data"
     first = stored["domains"]["source"]
-    assert first["tv"] == 0 and first["share_ratio"] == pytest.approx(1) and first["gamma_low"] == 0
+    assert first["tv"] == 0 and first["share_ratio"] == pytest.approx(1) and first["reach_low"] == 0
     assert first["n_eff"] < first["pixels"] or method == "erm"
     if source != ["no-val"]:
         held_out = stored["domains"]["source held out"]

@@ -199,8 +199,9 @@ def test_every_word_of_the_methods_templates_was_trained(model):
 
 
 def test_the_embedded_clip_names_crops_in_styles_that_it_never_saw(model):
+    """A floor for a sample of 336 crops (chance 0.06); the figure to quote is that of `python toy.py --check-clip`."""
     right, total = zip(*(toy.zero_shot(model, name, (0, 0, 1), scenes=2) for name in TARGETS))
-    assert np.sum(right) / np.sum(total) > .6
+    assert np.sum(right) / np.sum(total) > .5
 
 
 def test_a_batch_of_the_web_is_a_function_of_its_number():
