@@ -199,12 +199,21 @@ import reweight  # noqa: E402
 # ----------------------------------------------------------------------------------------------------- several processes
 
 
-def setup_processes():
-    """(rank, processes, local rank) of this process: torchrun sets the variables, a plain `python` does not."""
+def setup_processes(config):
+    """(rank, processes, device) of this process: torchrun sets the variables, a plain `python` does not."""
+    name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # one GPU for each process of a machine
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(f"--device {name} cannot be used here ({str(error).split('. ')[0][:120]}): this machine has cpu"
+                       f"{' and cuda' * torch.cuda.is_available()}.") from None
     if "RANK" not in os.environ:
-        return 0, 1, 0
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"])
+        return 0, 1, device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
 
 
 def sum_over_processes(x):
@@ -406,6 +415,8 @@ def save_atomically(content, path):
             os.fsync(file.fileno())  # the data must be on the disk before the name is
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
+        while error.__context__ is not None:  # torch reports a full disk as a position in its own source; the
+            error = error.__context__  # system's reason lies below it
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise RunError(f"{path} could not be written ({' '.join(str(error).split())[:200]}): the checkpoint before it is "
@@ -423,30 +434,37 @@ def describe_run(config):
     import importlib.metadata as metadata
 
     def git(*words):
-        answer = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), *words],
-                                capture_output=True, text=True, check=False)
+        try:
+            answer = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), *words],
+                                    capture_output=True, text=True, check=False)
+        except OSError:  # no git here
+            return None
         return answer.stdout.strip() if answer.returncode == 0 else None
 
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
     versions = {name: metadata.version(name) for name in ("torch", "torchvision", "numpy", "pillow", "clip-anytorch")}
     return dict(command=" ".join(["python", *sys.argv]), config=dataclasses.asdict(config),
-                versions=dict(python=sys.version.split()[0], **versions), commit=git("rev-parse", "HEAD"),
-                changed_since_commit=bool(git("status", "--porcelain", "-uno")), threads=torch.get_num_threads())
+                versions=dict(python=sys.version.split()[0], **versions), commit=commit,
+                changed_since_commit=None if changes is None else bool(changes), threads=torch.get_num_threads())
 
 
-def prepare_folder(config, start):
+def prepare_folder(config, checkpoint):
     """Make the run folder; on resume, drop the log rows of steps that will be done again."""
     log = os.path.join(config.out, "log.jsonl")
-    if start == 0:
-        if os.path.exists(os.path.join(config.out, "run.json")) or os.path.exists(os.path.join(config.out, "last.pt")):
+    if checkpoint is None:
+        if os.path.exists(os.path.join(config.out, "last.pt")):  # there from step 0 on, see train()
             raise RunError(f"--out {config.out} holds another run: give another --out, or go on with that one by "
                            f"--resume {config.out}.")
         os.makedirs(config.out, exist_ok=True)
         write_json(describe_run(config), os.path.join(config.out, "run.json"))
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(log)
     elif os.path.exists(log):
         with open(log, encoding="utf-8") as file:
-            rows = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= start]
-        with open(log, "w", encoding="utf-8") as file:
+            rows = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= checkpoint["step"]]
+        with open(log + ".tmp", "w", encoding="utf-8") as file:
             file.writelines(rows)
+        os.replace(log + ".tmp", log)  # a kill between must not cost the rows that stay
     return log
 
 
@@ -465,14 +483,27 @@ def precision(config, device):
 
 
 def catch_signals():
-    """SIGTERM and Ctrl-C fill the returned list instead of killing: the loop finishes its step, saves, and stops."""
+    """SIGTERM and Ctrl-C fill a list instead of killing: the loop finishes its step, saves, and stops.
+
+    -> (the list, a function that makes signals kill again). A second one means it, if it comes seconds later: a terminal,
+    torchrun and a cluster's scheduler each may hand on one and the same stop.
+    """
     received = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        def handle(number, frame):
-            received.append(number)
-            signal.signal(number, signal.SIG_DFL)  # the second one means it
-        signal.signal(number, handle)
-    return received
+
+    def handle(number, frame):
+        received.append(time.monotonic())
+        if received[-1] - received[0] > 2:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    return received, lambda: [signal.signal(number, handler) for number, handler in before.items()]
+
+
+def outlive_signals(worker):
+    """A loader's process leaves the first stop to the loop: schedulers send it to all, and a step needs its batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 def source_means(module, stream, config, batches=32):
@@ -486,6 +517,16 @@ def source_means(module, stream, config, batches=32):
     return prototypes.source_mean_prototypes(pairs(), module.otp)
 
 
+@contextlib.contextmanager
+def refuse_misfit(config):
+    """Turns what torch says of a state dict that does not fit into a sentence."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise RunError(f"{config.out}/last.pt does not hold the network that its flags describe "
+                       f"({' '.join(str(error).split())[:200]}).") from None
+
+
 def train(config, checkpoint, rank, processes, device):
     """Train from the checkpoint (None: from step 0) to the last step -> PPAR. Writes last.pt and log.jsonl."""
     if config.batch % processes:
@@ -494,7 +535,7 @@ def train(config, checkpoint, rank, processes, device):
     sources = [data.list_items(name, config.data_root, "train", config.holdout, config.harmful) for name in config.source]
     for name in config.targets:  # names alone: is the folder there? No target file is opened before the last step.
         data.list_items(name, config.data_root, "val", config.holdout)
-    if start == 0:
+    if checkpoint is None:
         for items in sources:
             data.check_pairs(items, mapillary=config.mapillary)
     module, report = build(config)
@@ -502,14 +543,15 @@ def train(config, checkpoint, rank, processes, device):
         raise RunError(f"--crop {config.crop} must be a multiple of {module.net.encoder.multiple} for --clip {config.clip}.")
     stream = data.TrainingStream(sources, config.crop, config.seed, config.mapillary)
     if checkpoint:
-        module.net.load_state_dict(checkpoint["model"])
-        module.otp.copy_(checkpoint["otp"])
-        if module.vtp is not None:
-            module.vtp.load_state_dict(checkpoint["vtp"])
+        with refuse_misfit(config):
+            module.net.load_state_dict(checkpoint["model"])
+            module.otp.copy_(checkpoint["otp"])
+            if module.vtp is not None:
+                module.vtp.load_state_dict(checkpoint["vtp"])
     elif config.prototypes == "source":
         module.otp.copy_(source_means(module, stream, config))
     if rank == 0:
-        log = prepare_folder(config, start)
+        log = prepare_folder(config, checkpoint)
         print(report)
         print(f"source {' + '.join(f'{n} ({len(i)} images)' for n, i in zip(config.source, sources))}, method "
               f"{config.method}, align {config.align}, reweight {config.reweight}, {processes} process(es) on {device.type}")
@@ -519,13 +561,17 @@ def train(config, checkpoint, rank, processes, device):
     module.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
     optimizer = make_optimizer(module, config, device)
     if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        with refuse_misfit(config):
+            optimizer.load_state_dict(checkpoint["optimizer"])
     network = torch.compile(module) if config.compile else module
     if processes > 1:
         network = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     network.train()
 
     def save(step):
+        if not all(torch.isfinite(t).all() for t in module.state_dict().values() if t.is_floating_point()):
+            raise RunError(f"the weights are not finite after step {step}: the last good checkpoint stays in {config.out}; "
+                           f"lower --lr, or look at the data (python data.py --check).")
         if rank == 0:
             save_atomically(dict(model=module.net.state_dict(), vtp=module.vtp and module.vtp.state_dict(), otp=module.otp,
                                  arch=module.net.arch, optimizer=optimizer.state_dict(), step=step,
@@ -534,41 +580,44 @@ def train(config, checkpoint, rank, processes, device):
     local = config.batch // processes  # this process's share of every batch; the union is the same for any number
     indices = [[s * config.batch + rank * local + i for i in range(local)] for s in range(start, config.steps)]
     loader = torch.utils.data.DataLoader(stream, batch_sampler=indices, num_workers=config.workers,
-                                         pin_memory=device.type == "cuda")
-    signals = catch_signals()
-    bar = tqdm(total=config.steps, initial=start, disable=rank > 0, desc="train", unit="step", dynamic_ncols=True)
-    began = time.perf_counter()
-    for step, (image, label) in zip(range(start, config.steps), loader):
-        image, label = image.to(device, non_blocking=True), label.to(device, non_blocking=True)
-        if channels_last:
-            image = image.contiguous(memory_format=torch.channels_last)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * learning_rate(step, config.steps, config.warmup)
-        optimizer.zero_grad(set_to_none=True)
-        row, seen = backward_batch(network, image, label, config, step, autocast)
-        for name, value in reversed(row.items()):
-            if not math.isfinite(value):
-                raise RunError(f"the loss term `{name}` is {value} at step {step + 1}: the last good checkpoint, if one was "
-                               f"written, stays in {config.out}; lower --lr, or look at the data (python data.py --check).")
-        if step == start:
-            check_first_step(module, optimizer)
-        optimizer.step()
-        done = step + 1
-        if rank == 0 and (done % config.log_every == 0 or done == config.steps):
-            row = dict(step=done, **row, **radii(seen, module.otp), lr=optimizer.param_groups[-1]["lr"],
-                       seconds=round(time.perf_counter() - began, 2))
-            with open(log, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "seg", "align", "vtp", "lam") if k in row})
-        bar.update()
-        stopping = sum_over_processes(torch.tensor(float(len(signals)), device=device)).item() > 0
-        if done % config.save_every == 0 or done == config.steps or stopping:
-            save(done)
-        if stopping and done < config.steps:
-            bar.close()
-            raise RunError(f"stopped by a signal after step {done}, checkpoint written: go on with "
-                           f"`python train.py --resume {config.out}`.")
-    bar.close()
+                                         worker_init_fn=outlive_signals, pin_memory=device.type == "cuda")
+    signals, release_signals = catch_signals()
+    with tqdm(total=config.steps, initial=start, disable=rank > 0, desc="train", unit="step", dynamic_ncols=True) as bar:
+        if checkpoint is None:
+            save(0)  # a full disk shows now and not in hour ten, and --resume works from the first step on
+        began = time.perf_counter()
+        for step, (image, label) in zip(range(start, config.steps), loader):
+            image, label = image.to(device, non_blocking=True), label.to(device, non_blocking=True)
+            if channels_last:
+                image = image.contiguous(memory_format=torch.channels_last)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * learning_rate(step, config.steps, config.warmup)
+            optimizer.zero_grad(set_to_none=True)
+            row, seen = backward_batch(network, image, label, config, step, autocast)
+            for name, value in reversed(row.items()):
+                if not math.isfinite(value):
+                    raise RunError(f"the loss term `{name}` is {value} at step {step + 1}: the last good checkpoint, if one was "
+                                   f"written, stays in {config.out}; lower --lr, or look at the data (python data.py --check).")
+            if step == start:
+                check_first_step(module, optimizer)
+            optimizer.step()
+            done = step + 1
+            if rank == 0 and (done % config.log_every == 0 or done == config.steps):
+                row = dict(step=done, **row, **radii(seen, module.otp), lr=config.lr * learning_rate(step, config.steps, config.warmup),
+                           seconds=round(time.perf_counter() - began, 2))
+                with open(log, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "seg", "align", "vtp", "lam") if k in row})
+            bar.update()
+            stopping = sum_over_processes(torch.tensor(float(len(signals)), device=device)).item() > 0
+            if done % config.save_every == 0 or done == config.steps or stopping:
+                save(done)
+            if stopping:
+                if processes > 1:
+                    dist.barrier()  # torchrun kills the others when one leaves, and the first may still be writing
+                raise RunError(f"stopped by a signal after step {done}, checkpoint written: go on with "
+                               f"`python train.py --resume {config.out}`.")
+    release_signals()
     return module
 
 
@@ -576,13 +625,19 @@ def continue_run(given):
     """--resume RUN -> (its Config, its checkpoint). Flags that would change the result are refused."""
     folder = given.pop("resume")
     checkpoint = evaluate.read_checkpoint(folder)
-    config = Config(**checkpoint["config"])
+    try:
+        own = dict(checkpoint["config"])
+        config = configure({**own, **{name: value for name, value in given.items() if name in HARMLESS}, "out": folder})
+        whole = {"vtp", "optimizer"} <= set(checkpoint) and 0 <= checkpoint["step"] <= config.steps
+    except (TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise RunError(f"{folder}/last.pt was not written by this train.py: its flags or its parts are others.")
     for name, value in given.items():
-        if name not in HARMLESS and value != getattr(config, name):
-            raise RunError(f"--{name.replace('_', '-')} {value} differs from the run's own {getattr(config, name)}: a resumed "
-                           f"run keeps its flags, only {', '.join(sorted(HARMLESS))} may change; start a new run with --out.")
-        setattr(config, name, value)
-    config.out = folder
+        if name not in HARMLESS and value != own[name]:
+            raise RunError(f"--{name.replace('_', '-')} {value} differs from the run's own {own[name]}: a resumed run keeps "
+                           f"its flags, only {', '.join('--' + n.replace('_', '-') for n in sorted(HARMLESS))} may change; "
+                           f"start a new run with --out.")
     return config, checkpoint
 
 
@@ -598,9 +653,8 @@ def closing_words(config, results):
             print(f"baseline (--method erm), mean of {len(rows)} seeds, not trained now but read from results/toy.csv: "
                   f"{', '.join(cells)}; unseen mean {sum(float(row['unseen']) for row in rows) / len(rows):.1f}")
     if config.method == "ppar":
-        print("next: the baseline on the same network, "
-              f"`python train.py --source {' '.join(config.source)} --method erm`, then "
-              f"`python evaluate.py {config.out} --compare {config.out.replace('ppar', 'erm', 1)} --figures`")
+        print(f"next: the baseline on the same network, with the same flags and `--method erm --out OTHER`, then "
+              f"`python evaluate.py {config.out} --compare OTHER --figures`")
     else:
         print(f"next: every term of the theorem for this run, `python evaluate.py --bound {config.out}`")
 
@@ -609,9 +663,7 @@ def main(given):
     """Train, evaluate every target once, write the run folder. Errors of the user end in one sentence and exit status 1."""
     try:
         config, checkpoint = continue_run(given) if "resume" in given else (configure(given), None)
-        rank, processes, local_rank = setup_processes()
-        cuda = torch.cuda.is_available()
-        device = torch.device(config.device or (f"cuda:{local_rank}" if cuda else "cpu"))
+        rank, processes, device = setup_processes(config)
         if device.type == "cpu":
             torch.use_deterministic_algorithms(True)  # same seed, same bits; a GPU is asked for speed instead
         module = train(config, checkpoint, rank, processes, device)
@@ -619,7 +671,10 @@ def main(given):
         if rank == 0:
             closing_words(config, results)
     except (RunError, data.DataError, model.ModelError, evaluate.EvaluationError) as error:
-        sys.exit(f"error: {error}")
+        # A loader's process wraps its error into its own traceback; the sentence is the end of it.
+        sys.exit(f"error: {str(error).strip().rsplit('DataError: ', 1)[-1]}")
+    except OSError as error:  # a full disk, a folder that may not be written
+        sys.exit(f"error: {error.filename or given.get('out', 'run folder')}: {error.strerror or error}; what was written before stays.")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

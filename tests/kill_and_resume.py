@@ -91,7 +91,7 @@ def _child(arguments, output, environment, scored, file_limit):
     train.main(train.parse(arguments))
 
 
-def wait(process, timeout=120):
+def wait(process, timeout=600):
     """Exit status of a process from start() or fork()."""
     if isinstance(process, subprocess.Popen):
         return process.wait(timeout)
@@ -159,7 +159,7 @@ def kill_and_resume(folder, kills, seed=0, launch=start, flags=FLAGS, world=None
         moved, half_written, mark = rng.randrange(3), fire / "last.pt.tmp", time.monotonic()
         half_written.unlink(missing_ok=True)  # of the murder before
         last = _stamp(fire)
-        while running(process) and time.monotonic() - mark < 120:  # let it save a few times, then wait for the moment
+        while running(process) and time.monotonic() - mark < 600:  # let it save a few times, then wait for the moment
             if _stamp(fire) != last:
                 last, moved = _stamp(fire), moved - 1
             if moved < 0 and (kill % 2 or half_written.exists()):

@@ -35,11 +35,13 @@ def test_a_scene_has_the_promised_form(scenes):
 
 
 def test_scenes_are_the_same_bits_in_another_process_and_order(scenes):
-    here = [digest(*toy.draw(name, "train", index, harmful=1.0)) for name in ("toy-gta5", "toy-snow") for index in (0, 5)]
+    names, indices = ("toy-gta5", "toy-snow"), (0, 5)
+    here = [digest(*toy.draw(name, "train", index, harmful=1.0)) for name in names for index in indices]
     code = ("import sys, hashlib; sys.path.insert(0, sys.argv[1]); import toy\n"
             "for name in ('toy-snow', 'toy-gta5'):\n"
             "    for index in (5, 0):\n"
-            "        print(hashlib.sha256(b''.join(a.tobytes() for a in toy.draw(name, 'train', index, harmful=1.0))).hexdigest())")
+            "        arrays = toy.draw(name, 'train', index, harmful=1.0)\n"
+            "        print(hashlib.sha256(b''.join(a.tobytes() for a in arrays)).hexdigest())")
     there = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=True)
     assert there.stdout.split() == here[::-1]
 
@@ -89,10 +91,10 @@ def test_labels_are_the_same_under_every_look_while_images_differ():
 
 
 def test_painting_a_class_in_one_flat_colour_gives_the_label_back():
-    """The image's edges are the label's edges, to the pixel: paint by class, nothing else, and read the classes again."""
+    """The image's edges are the label's, to the pixel: paint by class and nothing else, and read the classes again."""
     shades = {c: [(10 + 12 * c,) * 3] for c in range(20)}
-    flat = dict(palette=shades, jitter=0, sun=(0, 0), shadow=(0, 0), mark=shades[toy.ROAD][0], joint=(0, 0), brick=(0, 0),
-                window=(0, 0), cloud=(0, 0), leaf=(0, 0), grass=(0, 0), noise=(0, 0), texture={c: (0, 0) for c in range(20)})
+    none = dict.fromkeys(("sun", "shadow", "joint", "brick", "window", "cloud", "leaf", "grass", "noise"), (0, 0))
+    flat = dict(none, palette=shades, jitter=0, mark=shades[toy.ROAD][0], texture={c: (0, 0) for c in range(20)})
     rng = np.random.default_rng(3)
     scene = toy._geometry(rng, toy.STREET)
     scene.table = [(cls, toy.BODY, obj, toy.FRONT, 10.0, 1.0) for cls, _, obj, _, _, _ in scene.table]
@@ -116,7 +118,8 @@ def test_near_things_hide_far_ones():
 
 
 def test_the_share_of_harmful_scenes_is_the_flag_and_grows_by_adding():
-    spoilt = {share: {i for i in range(120) if toy.draw("toy-gta5", "train", i, harmful=share)[2].any()} for share in (.1, .3)}
+    spoilt = {share: {i for i in range(120) if toy.draw("toy-gta5", "train", i, harmful=share)[2].any()}
+              for share in (.1, .3)}
     assert spoilt[.1] < spoilt[.3]
     assert 4 <= len(spoilt[.1]) <= 22 and 24 <= len(spoilt[.3]) <= 50  # 3 standard deviations
 
@@ -167,7 +170,7 @@ def test_every_domain_has_its_own_number_and_layouts_name_known_things():
         assert set(recipe["look"]) <= {*toy.PLAIN, "palette"}, name
 
 
-# ----------------------------------------------------------------------------------------------------- the miniature CLIP
+# ------------------------------------------------------------------------------------------------- the miniature CLIP
 
 
 @pytest.fixture(scope="module")

@@ -287,7 +287,7 @@ def test_a_signal_saves_says_how_to_go_on_and_nothing_is_lost(number, group, wor
     assert same(out, straight) is None
 
 
-def until(condition, process, output, limit=120):
+def until(condition, process, output, limit=600):
     began = time.monotonic()
     while not condition():
         assert process.is_alive() and time.monotonic() - began < limit, output.read_text()
@@ -426,8 +426,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_one_sentence(world, tmp
     process = fork(["--resume", out], output, file_limit=len(before) // 2)
     assert wait(process) == 1
     text = output.read_text().replace("\r", "\n")
-    last = text.strip().splitlines()[-1]
-    assert is_one_sentence(last) and "Traceback" not in text
+    [last] = [line for line in text.splitlines() if line.startswith("error: ")] or [text]
+    assert is_one_sentence(last) and "Traceback" not in text, text[-3000:]
     assert "could not be written" in last and str(out) in last and "File too large" in last  # the system's own reason
     assert (out / "last.pt").read_bytes() == before and not list(out.glob("*.tmp"))
     assert main("--resume", out) is None  # room was made
@@ -891,7 +891,7 @@ def spoil(kind, root):
     elif kind == "empty folder":
         shutil.rmtree(root / "gta5" / "images")
         (root / "gta5" / "images").mkdir()
-    return "looked in" if kind == "empty folder" else "00002.png"
+    return "gta5/images" if kind == "empty folder" else "00002.png"
 
 
 @pytest.mark.parametrize("kind", ["image without label", "unreadable image", "unreadable label", "empty folder",
@@ -989,7 +989,7 @@ def test_the_learning_rate_is_positive_and_at_most_one_at_every_step(steps, warm
 def test_the_presets_are_what_the_documents_say():
     toy, real = train.configure({}), train.configure({"source": ("gta5",)})
     assert dataclasses.asdict(toy) | dict(
-        source=("toy-gta5",), clip="toy", stride=8, freeze=0, width=48, steps=400, batch=8, crop=96, lr=1e-3,
+        source=("toy-gta5",), clip="toy", stride=8, freeze=0, width=48, steps=250, batch=8, crop=96, lr=3e-3,
         amp="fp32", workers=2, harmful=0.1, out="runs/ppar-toy-gta5-seed0") == dataclasses.asdict(toy)
     assert dataclasses.asdict(real) | dict(
         targets=("cityscapes", "bdd", "mapillary"), clip="RN50", stride=16, freeze=1, width=128, steps=40000, batch=8,
@@ -1010,7 +1010,7 @@ def test_a_flag_that_is_given_beats_the_preset():
 def test_erm_is_the_method_with_every_switch_off_and_nothing_else():
     erm, full = train.configure({"method": "erm"}), train.configure({})
     differing = {name for name in vars(full) if getattr(erm, name) != getattr(full, name)}
-    assert differing == {"method", "align", "w_align", "w_vtp", "reweight", "out"}
+    assert differing == {"method", "align", "w_align", "w_vtp", "reweight", "text_weight", "out"}
     assert (erm.align, erm.w_align, erm.w_vtp, erm.reweight, erm.text_weight) == ("none", 0, 0, "none", 0)
     assert train.configure(train.parse("--method erm --align none --w-vtp 0".split())) == erm  # said twice is no clash
 
@@ -1120,37 +1120,6 @@ def test_a_compiled_run_has_the_losses_of_the_plain_one(world, straight, tmp_pat
     out = trained(tmp_path / "run", *world["flags"], "--compile")
     assert largest_difference(out, straight) < 1e-3
     assert read_state(out)["model"].keys() == read_state(straight)["model"].keys()  # no _orig_mod in the names
-
-
-@pytest.mark.parametrize("kind", ["resnet", "vit"])
-def test_forward_losses_and_weights_run_on_a_gpu_that_is_only_pretended(kind, world):
-    """FakeTensorMode knows the device of every tensor without having the device: one left on the CPU is an error."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    import model
-
-    config = configured(world, "--reweight", "image")
-    with FakeTensorMode():
-        with torch.device("cuda"):
-            clip = make_clip(kind, vocabulary=100, layers=(1, 1, 1, 1) if kind == "resnet" else 2)
-            net = model.SegmentationNet(clip.visual, width=16)
-            vtp = prototypes.VisualTextPrototypes(48, 32)
-            module = train.PPAR(net, torch.randn(19, 48), vtp).train()
-            image, label = torch.randn(2, 3, 64, 64), torch.randint(0, 19, (2, 64, 64))
-        optimizer = train.make_optimizer(module, config, torch.device("cuda"))
-        assert all(group["fused"] for group in optimizer.param_groups)
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            logits, emb, vtp = module(image)
-        grid = train.to_grid(label, 16)
-        omega = [train.batch_reliability(emb, y, module.otp, vtp, 0.07) for y in (label, grid)]
-        weight, weight_grid = (train.batch_weights(rel, y, config, 0.5) for rel, y in zip(omega, (label, grid)))
-        total = torch.stack([weight.sum(), weight_grid.sum(), (grid != data.VOID).sum()])
-        terms = train.loss_terms(logits, emb, vtp, module.otp, label, grid, weight, weight_grid, total, config, 0.5)
-        assert set(terms) == {"seg", "align", "vtp"}
-        loss = sum(terms.values())
-        loss.backward()
-        assert loss.device.type == "cuda" and loss.dtype == torch.float32
-        assert {p.grad.device.type for p in module.parameters() if p.requires_grad} == {"cuda"}
 
 
 @LONG
