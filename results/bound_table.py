@@ -86,10 +86,12 @@ def text(store):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--table", action="store_true", help="measure nothing")
+    parser.add_argument("--rows", nargs="+", help="only the runs of these rows")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     store = json.loads(STORE.read_text()) if STORE.exists() else {}
-    folders = [f for f in sorted(RUNS.glob("*-seed*")) if not f.name.startswith("oracle") and (f / "results.json").exists()]
+    folders = [f for f in sorted(RUNS.glob("*-seed*")) if not f.name.startswith("oracle") and (f / "results.json").exists()
+               and (not args.rows or f.name.rsplit("-seed", 1)[0] in args.rows)]
     if not args.table:
         with ThreadPoolExecutor(args.jobs) as pool:
             for folder, report in zip(folders, pool.map(measure, folders)):
