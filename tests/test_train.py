@@ -605,6 +605,7 @@ def torchrun(*launcher):
     return ["-m", "torch.distributed.run", *map(str, launcher)]  # what the command `torchrun` is
 
 
+@LONG
 def test_torchrun_trains_as_one_process_does(world, straight, tmp_path):
     out = tmp_path / "run"
     launcher = torchrun("--nproc_per_node", 2, "--master_port", free_port())
@@ -616,6 +617,7 @@ def test_torchrun_trains_as_one_process_does(world, straight, tmp_path):
     assert set(json.loads((out / "results.json").read_text())["targets"]) == {"cityscapes"}
 
 
+@LONG
 def test_two_nodes_on_loopback_start_with_the_documented_command(world, straight, tmp_path):
     port, nodes = free_port(), []
     for rank in range(2):
