@@ -152,6 +152,11 @@ def oscillation(hub, share_s, share_t):
     return (present.max() - present.min()).item()
 
 
+def share_ratio(share_s, share_t):
+    """Eq. 21: rho = max_y pi_T(y) / pi_S(y) over the classes of T; inf if the source lacks one of them."""
+    return (share_t / share_s)[share_t > 0].max().item()
+
+
 def effective_sample_size(weight):
     """Eq. 22: n_eff = (sum w)^2 / sum w^2, a float: as many equally weighted, independent draws vary as much."""
     weight = weight.double()
@@ -386,7 +391,7 @@ def describe(source, domain, otp, tau):
     row["vacuous"] = row["right"] > row["ceiling"]
     row["slope_measured"] = (row["risk"] - (share_t * hub).sum().item()) / max(row["radius_otp"], 1e-12)
     row["reach_low"], row["reach_high"] = transport_bracket(source, domain, lipschitz)
-    ratio = (share_t / share_s)[share_t > 0].max().item()
+    ratio = share_ratio(share_s, share_t)
     row["share_ratio"] = ratio if math.isfinite(ratio) else None
     checks = {"eq_12": holds(row["left"], row["right"]), "eq_13": holds(row["left"], row["right_direct"]),
               "eq_13_below_12": holds(row["right_direct"], row["right"]),

@@ -873,6 +873,25 @@ def test_weighted_terms_are_those_of_the_weights_of_training(world, mode, per_cl
     assert (size["share_shift"] < 1e-6) is per_class
 
 
+def test_a_row_is_made_of_the_sums_that_it_names(world):
+    import data
+
+    source = bound.measure(world, data.list_items("src", "", "train"))
+    target = bound.measure(world, data.list_items("far", "", "val"))
+    row, hub = bound.describe(source, target, world.otp, 0.1), bound.hub_loss(world.otp, 0.1).double()
+    at_hub = (target.shares * hub).sum().item()
+    assert row["right_local"] == pytest.approx(at_hub + target.mean("climb"))
+    assert row["slope_measured"] * row["radius_otp"] == pytest.approx(row["risk"] - at_hub)
+    assert row["share_ratio"] == pytest.approx((target.shares / source.shares)[:5].max().item())
+
+
+def test_ratio_of_shares_is_over_the_classes_of_the_target():
+    share_s, share_t = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.1, 0.9, 0.0])
+    assert bound.share_ratio(share_s, share_t) == pytest.approx(1.8)
+    assert bound.share_ratio(torch.tensor([0.5, 0.5]), torch.tensor([1.0, 0.0])) == pytest.approx(2)
+    assert bound.share_ratio(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5])) == math.inf
+
+
 def test_limit_takes_evenly_spaced_images(world):
     import data
 
