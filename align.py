@@ -92,7 +92,7 @@ SCHEDULES = {
     "reversed": lambda r: 1 - r,  # difficult to easy: the control that tells order from mixture
     "otp": lambda r: 1.0,  # the far goal from the first step
     "vtp": lambda r: 0.0,  # the near goal to the last step
-    "both": lambda r: 0.5,  # both at once: the same total amount of each as progressive, without an order
+    "both": lambda r: 0.5,  # both at once: a mixture without an order
 }
 
 

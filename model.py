@@ -4,8 +4,8 @@ CLIP answers one question per image: which text fits? Its last layer pools all p
 throws away where things are. Segmentation asks the question at every pixel. So the position is kept: the last
 projection is applied to every position instead of to the pooled one, and each pixel gets a vector in the space in
 which CLIP's text lives. Nothing is learnt for that and nothing is new: at native stride, CLIP's own pooling of our
-feature map gives CLIP's own answer to the last bit of float tolerance (tests/test_model.py). So pixels *start* near
-the text prototypes of their class, which is what makes alignment (align.py) a short way and not a new task.
+feature map gives CLIP's own answer to the last bit of float tolerance (tests/test_model.py). So pixels *start* in
+the space in which text lives, which is what makes alignment (align.py) a way to go and not a new task.
 
     ResNet   z = c_proj(v_proj(f)) at every position of the last feature map f: the value path of CLIP's attention pool,
              which is what the pool would return if it attended to that position alone (without its position code)

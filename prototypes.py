@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# # our reading: the abstract names no prompts. A handful of frames in which a street class may be met; the mean over
+# our reading: the abstract names no prompts. A handful of frames in which a street class may be met; the mean over
 # them belongs to the class, what differs between them (style, light, medium) cancels.
 TEMPLATES = (
     "a photo of a {}.",
