@@ -12,8 +12,13 @@ the space in which text lives, which is what makes alignment (align.py) a way to
     ViT      z = proj(ln_post(t)) for every patch token t, where CLIP does so for the class token alone
 
     dilation   A ResNet's last map has stride 32: a car 64 pixels wide becomes two cells. The pooling of the last stages
-             is replaced by pooling without stride, and the convolutions behind it reach twice as far. Every 2nd cell
-             of the finer map is then exactly a cell of the old one; the cells between are new, the weights are not.
+             is replaced by pooling without stride, and the convolutions behind it reach twice as far. At stride 16,
+             every 2nd cell of the finer map is then exactly a cell of the old one (at stride 8, every 4th); the cells
+             between are new, the weights are not.
+    centring   An old cell looks at the middle of its 32 pixels, and so does the new cell that stands in its corner:
+             the finer map sits (32 - stride) / 2 pixels right of and below the pixels that it describes, half a cell
+             more than whole cells. So z is read between cells, as the mean of the four around the place. Without it
+             every label meets the embedding of a neighbour, and nothing fails: the numbers are just worse.
 
 Shapes
     image    (B, 3, H, W)     CLIP-normalised, H and W multiples of 32 (ResNet) or of the patch (ViT)
@@ -244,7 +249,10 @@ class DenseCLIP(nn.Module):
         feat = v.layer4(v.layer3(v.layer2(low)))  # (B, C, h, w)
         z = feat.permute(0, 2, 3, 1)  # (B, h, w, C): a 1x1 convolution is a linear layer on the last axis
         z = v.attnpool.c_proj(v.attnpool.v_proj(z)).permute(0, 3, 1, 2)  # (B, D, h, w)
-        step = 32 // self.stride  # the cells that CLIP itself would have computed
+        step = 32 // self.stride  # every step-th cell is one that CLIP itself would have computed
+        if step > 1:  # "centring" in the head of this file
+            before = step // 2
+            z = F.avg_pool2d(F.pad(z, (before, 0, before, 0), mode="replicate"), 2, stride=1)[..., :feat.shape[2], :feat.shape[3]]
         return low, z, attention_pool(v.attnpool, feat[..., ::step, ::step])
 
     def _forward_vit(self, image):

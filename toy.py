@@ -789,7 +789,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 # (model.py: the value path at one position) is what it was trained to do.
 SIZE = 32
 REACH = 96  # the largest piece of a scene that is scaled down to it
-SCENES, PER_SCENE, SHARES = 8, 48, (.6, .2, .2)  # of a batch; shares of the MODES
+SCENES, PER_SCENE, SHARES = 8, 48, (.5, .2, .3)  # of a batch; shares of the MODES
 WIDTHS = dict(joint=64, vision=16, text=64)
 MODES = ("native", "zoom", "cut")  # a window at the scene's scale; a smaller one, enlarged; one cut to an object
 PROMPTS = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "a drawing of a {}.",
@@ -830,6 +830,7 @@ def _crops(rng, scene, image, count, share=SHARES):
     """Crops of one scene -> images (count, SIZE, SIZE, 3), class of each crop's subject.
 
     share    of the three MODES. Classes are drawn evenly (rare and small ones more often), then a pixel of the class.
+             Whoever photographs a thing frames it: of eight places on the object, a cut takes the one that shows most of it.
     """
     table = np.array(scene.table)[:, (0, 2)].astype(int)[np.asarray(scene.picture)]
     cls, obj = table[..., 0].ravel(), table[..., 1].ravel()
@@ -838,6 +839,7 @@ def _crops(rng, scene, image, count, share=SHARES):
     canvas[:] = np.round(255 * np.array(MEAN))  # outside the picture: what the normalisation turns into zero
     canvas[pad:-pad, pad:-pad] = image
     canvas = Image.fromarray(canvas)
+    ground = np.pad(cls.reshape(HEIGHT, WIDTH), pad, constant_values=VOID)
     present = np.flatnonzero(np.bincount(cls, minlength=256)[:19] >= 8)
     rare = np.isin(present, (TRUCK, BUS, RIDER, MOTORCYCLE, BICYCLE, WALL, FENCE, LIGHT, SIGN)) + 1
     subjects = rng.choice(present, count, p=rare / rare.sum())
@@ -845,17 +847,23 @@ def _crops(rng, scene, image, count, share=SHARES):
     images = np.empty((count, SIZE, SIZE, 3), np.uint8)
     for k, c in enumerate(subjects):
         pixel = where[c][rng.integers(len(where[c]))]
-        y, x = divmod(int(pixel), WIDTH)
-        side, mode = SIZE, MODES[rng.choice(3, p=share)]
+        centres, side, mode = [divmod(int(pixel), WIDTH)], SIZE, MODES[rng.choice(3, p=share)]
         if mode == "zoom":
             side = SIZE / rng.uniform(1, 2)
         elif mode == "cut":
             ys, xs = np.divmod(where[c][obj[where[c]] == obj[pixel]], WIDTH)
-            side = np.clip(max(np.ptp(ys), np.ptp(xs)) * rng.uniform(1, 1.5), 14, REACH)
-            if side < REACH:  # else larger than a crop: a window of it
-                y, x = (ys.min() + ys.max()) / 2, (xs.min() + xs.max()) / 2
-        left, top = (np.clip(a + .5 + pad - side / 2 + rng.uniform(-.1, .1) * side, 0, n + REACH - side)
-                     for a, n in ((x, WIDTH), (y, HEIGHT)))
+            side = ((np.ptp(ys) + 1) * (np.ptp(xs) + 1)) ** .5
+            side = len(ys) ** .5 if side > REACH / 2 else side  # long or torn, as a pavement is: no box frames it
+            side = np.clip(side * rng.uniform(1, 1.6), 14, REACH)
+            centres += [((ys.min() + ys.max()) / 2, (xs.min() + xs.max()) / 2)]
+            centres += [(ys[i], xs[i]) for i in rng.integers(len(ys), size=6)]
+        shake, seen = rng.uniform(-.1, .1, 2) * side, -1
+        for y, x in centres:
+            corner = [np.clip(a + .5 + pad - side / 2 + b, 0, n + REACH - side)
+                      for a, b, n in ((y, shake[0], HEIGHT), (x, shake[1], WIDTH))]
+            box = ground[int(corner[0]):int(corner[0] + side), int(corner[1]):int(corner[1] + side)]
+            if mode != "cut" or (box == c).sum() > seen:
+                (top, left), seen = corner, (box == c).sum()
         images[k] = canvas.resize((SIZE, SIZE), Image.BILINEAR, box=(left, top, left + side, top + side))
         if rng.random() < .5:
             images[k] = images[k, :, ::-1]
@@ -907,7 +915,7 @@ def _normalise(images):
     return (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
-def train_clip(out=CLIP_FILE, steps=3600, seed=0, styles="web", threads=1):
+def train_clip(out=CLIP_FILE, steps=7000, seed=0, styles="web", threads=1):
     """CLIP's symmetric contrastive loss, over the batch's captions for an image and over its images for a caption."""
     import torch
     import torch.nn.functional as F
@@ -1079,7 +1087,7 @@ def main():
     parser.add_argument("--check-clip", action="store_true", help="zero-shot top-1 of the miniature CLIP, per domain")
     parser.add_argument("--out", default=CLIP_FILE, help="file that --train-clip writes and --check-clip reads")
     parser.add_argument("--styles", choices=("web", "source"), default="web", help="what the miniature CLIP sees")
-    parser.add_argument("--steps", type=int, default=3600, help="of --train-clip")
+    parser.add_argument("--steps", type=int, default=7000, help="of --train-clip")
     parser.add_argument("--seed", type=int, default=0, help="of --train-clip")
     parser.add_argument("--threads", type=int, default=1, help="of --train-clip; another number rounds differently")
     args = parser.parse_args()

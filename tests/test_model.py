@@ -273,26 +273,31 @@ def test_native_stride_followed_by_clips_own_attention_pool_equals_encode_image(
         torch.testing.assert_close(original.visual.attnpool(seen[0]), original.encode_image(images()))
 
 
+def watched(encoder):
+    """The encoder and a list that gets the last map of every forward."""
+    seen = []
+    encoder.visual.layer4.register_forward_hook(lambda _, __, output: seen.append(output))
+    return encoder, seen
+
+
 @pytest.mark.parametrize("stride", [32, 16, 8])
 @pytest.mark.parametrize("size", [(64, 64), (96, 160), (128, 32)])
 def test_on_the_cells_of_the_old_grid_a_dilated_resnet_computes_what_clip_computes(stride, size):
     visual = small_clip("resnet").visual
-    pool = visual.attnpool
+    encoder, seen = watched(DenseCLIP(copy.deepcopy(visual), stride))
     with torch.no_grad():
-        feat = last_map(visual, images(2, *size))
-        expected = F.linear(F.linear(feat.movedim(1, -1), pool.v_proj.weight, pool.v_proj.bias),
-                            pool.c_proj.weight, pool.c_proj.bias).movedim(-1, 1)
-        _, z, pooled = DenseCLIP(copy.deepcopy(visual), stride)(images(2, *size))
-        _, _, native = DenseCLIP(copy.deepcopy(visual), 32)(images(2, *size))
+        expected = last_map(visual, images(2, *size))
+        z, pooled = encoder(images(2, *size))[1:]
+        native = DenseCLIP(copy.deepcopy(visual), 32)(images(2, *size))[2]
     step = 32 // stride
-    assert z.shape == (2, DIM, size[0] // stride, size[1] // stride)
+    assert z.shape == (2, DIM, size[0] // stride, size[1] // stride) and seen[0].shape[2:] == z.shape[2:]
     tolerance = 1e-4 * expected.abs().max().item()
-    torch.testing.assert_close(z[..., ::step, ::step], expected, rtol=1e-4, atol=tolerance)
-    torch.testing.assert_close(pooled, native, rtol=1e-4, atol=tolerance)
+    torch.testing.assert_close(seen[0][..., ::step, ::step], expected, rtol=1e-4, atol=tolerance)
+    torch.testing.assert_close(pooled, native, rtol=1e-4, atol=1e-4 * native.abs().max().item())
     assert expected.std(dim=(2, 3)).mean() > 0.05 * expected.std()  # positions differ
     if stride < 32:  # the cells between are new, and no copies
-        assert (z[..., 1::step, ::step] - expected).abs().mean() > 0.01 * expected.abs().mean()
-        assert (z[..., ::step, 1::step] - expected).abs().mean() > 0.01 * expected.abs().mean()
+        assert (seen[0][..., 1::step, ::step] - expected).abs().mean() > 0.01 * expected.abs().mean()
+        assert (seen[0][..., ::step, 1::step] - expected).abs().mean() > 0.01 * expected.abs().mean()
 
 
 @pytest.mark.parametrize("stride", [16, 8])
@@ -300,13 +305,57 @@ def test_a_dilated_resnet_is_the_old_one_seen_from_shifted_grids(stride):
     """Away from the border, the new cells are what CLIP computes on an image shifted by the new stride."""
     visual = small_clip("resnet").visual
     image = images(1, 1024, 32)  # long, because the deepest cells see some 300 pixels to each side
+    encoder, seen = watched(DenseCLIP(copy.deepcopy(visual), stride))
     with torch.no_grad():
-        z = DenseCLIP(copy.deepcopy(visual), stride)(image)[1]
-        shifted = DenseCLIP(copy.deepcopy(visual), 32)(image.roll(-stride, 2))[1]
+        encoder(image)
+        shifted = last_map(visual, image.roll(-stride, 2))
     step = 32 // stride
     middle = slice(14, 18)
     tolerance = 1e-4 * shifted.abs().max().item()
-    torch.testing.assert_close(z[..., 1::step, ::step][:, :, middle], shifted[:, :, middle], rtol=1e-4, atol=tolerance)
+    torch.testing.assert_close(seen[0][..., 1::step, ::step][:, :, middle], shifted[:, :, middle], rtol=1e-4,
+                               atol=tolerance)
+
+
+def value_path(pool, feat):
+    return F.linear(F.linear(feat.movedim(1, -1), pool.v_proj.weight, pool.v_proj.bias),
+                    pool.c_proj.weight, pool.c_proj.bias).movedim(-1, 1)
+
+
+@pytest.mark.parametrize("stride", [32, 16, 8])
+def test_z_is_the_mean_of_the_four_cells_around_the_place(stride):
+    encoder, seen = watched(DenseCLIP(small_clip("resnet").visual, stride))
+    with torch.no_grad():
+        z = encoder(images(2, 64, 96))[1]
+        cells = value_path(encoder.visual.attnpool, seen[0])
+    back = {32: [0], 16: [1, 0], 8: [2, 1]}[stride]  # how many cells before its own index a place lies
+    for i in range(z.shape[2]):
+        for j in range(z.shape[3]):
+            around = [cells[..., max(0, i - a), max(0, j - b)] for a in back for b in back]
+            torch.testing.assert_close(z[..., i, j], torch.stack(around).mean(0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [32, 16, 8])
+def test_a_cell_of_z_looks_at_the_middle_of_the_pixels_that_it_stands_for(stride):
+    """With all weights equal, what a cell sees is symmetric: the mean place of its gradient is where it looks."""
+    encoder = DenseCLIP(small_clip("resnet").visual, stride)
+    for module in encoder.visual.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.constant_(module.weight, 1 / module.weight[0].numel())
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            for tensor, value in ((module.weight, 1), (module.bias, 0), (module.running_mean, 0), (module.running_var, 1)):
+                torch.nn.init.constant_(tensor, value)
+    for name in ("v_proj", "c_proj"):
+        torch.nn.init.constant_(getattr(encoder.visual.attnpool, name).weight, 1)
+    size = 1024  # no border in sight
+    image = torch.rand(1, 3, size, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    z = encoder(image)[1]
+    row = z.shape[2] // 2
+    z[0, :, row].sum().backward()
+    seen = image.grad.abs().sum((0, 1, 3)).double()  # (size,)
+    assert seen[:32].sum() == seen[-32:].sum() == 0
+    where = (seen * torch.arange(size)).sum() / seen.sum()
+    # CLIP's first convolution has stride 2 and looks half a pixel to the left of its own middle.
+    assert abs(where - ((row + 0.5) * stride - 0.5)) <= 0.75
 
 
 @pytest.mark.parametrize("dilation", [1, 2, 4])
@@ -324,19 +373,6 @@ def test_pooling_without_stride_equals_plain_loops(dilation):
 def test_a_stride_that_a_resnet_cannot_have_is_refused():
     with pytest.raises(ModelError, match="stride 4"):
         DenseCLIP(small_clip("resnet").visual, 4)
-
-
-def test_the_dense_embedding_of_a_resnet_is_the_value_path_at_every_position():
-    encoder = DenseCLIP(small_clip("resnet").visual, stride=16)
-    seen = []
-    encoder.visual.layer4.register_forward_hook(lambda _, __, output: seen.append(output))
-    with torch.no_grad():
-        _, z, _ = encoder(images(2, 64, 96))
-        pool, feat = encoder.visual.attnpool, seen[0]
-        for b, i, j in ((0, 0, 0), (0, 1, 5), (1, 3, 2)):
-            value = pool.v_proj.weight @ feat[b, :, i, j] + pool.v_proj.bias
-            torch.testing.assert_close(z[b, :, i, j], pool.c_proj.weight @ value + pool.c_proj.bias,
-                                       rtol=1e-4, atol=1e-5)
 
 
 def test_the_value_path_is_what_the_pool_returns_on_a_map_of_one_repeated_cell():
