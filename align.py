@@ -8,7 +8,8 @@ on the same side of the same boundaries (theory.md, Eq. 12: the prototypes are a
 
 Two goals, one of them nearer. The Original Text Prototype (OTP) is the same for every image and may be far from
 the pixels of this one; the Visual Text Prototype (VTP) is the OTP after a look at this image, hence nearer. Asking
-for the far goal at once means large, conflicting gradients in the first steps; so the goal moves, from easy to difficult.
+for the far goal at once may mean large, conflicting gradients in the first steps; so the goal moves, from easy to difficult.
+Whether the order matters is a question for the table of results (`results/toy.md`), not for this sentence.
 
     Eq. 3   L(Q; w) = sum_i w_i CE(<z_i, Q> / tau, y_i) / sum_i w_i             over the labelled pixels i
     Eq. 4   L_align = (1 - lambda) L(VTP) + lambda L(OTP),   lambda(step / steps) from 0 to 1 without a jump
@@ -36,8 +37,8 @@ def cosine_similarity_map(emb, prototypes):
     """Cosine between every pixel and every prototype: (B, D, h, w), (K, D) or (B, K, D) -> (B, K, h, w) float32.
 
     The dot product is divided by the pixel's length afterwards: the same number as normalising the embedding
-    first, without a second copy of the largest tensor of the step. In float32 even under autocast, because
-    half-precision norms overflow above 256 for D = 1024, and a NaN here is a NaN in every parameter.
+    first, without a second copy of the largest tensor of the step. In float32 even under autocast: half precision
+    ends at 65504, so a sum of squares overflows, and in it the 1e-8 below is 0; a NaN here is a NaN in every parameter.
     """
     with torch.autocast(emb.device.type, enabled=False):
         emb, prototypes = emb.float(), prototypes.float()

@@ -180,6 +180,7 @@ class DenseCLIP(nn.Module):
 
     Batch normalisation stays as CLIP left it, in train() too: its statistics come from 400 million pictures, a batch
     of eight game frames would overwrite them with the source's colours, and model.train() is called in every loop.
+    `visual` itself is changed: dilated, and made trainable. Who still needs CLIP as it was hands over a copy.
     """
 
     def __init__(self, visual, stride=16):
@@ -198,7 +199,7 @@ class DenseCLIP(nn.Module):
         for module in self.visual.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval().requires_grad_(False)
-        if not self.is_vit:  # how CLIP pools is CLIP's: `pooled` is to be its opinion, not one more thing that drifts
+        if not self.is_vit:  # only `pooled` uses these, and the baseline has no loss on it: they would never get a gradient
             pool = self.visual.attnpool
             for part in (pool.q_proj, pool.k_proj):
                 part.requires_grad_(False)
@@ -218,6 +219,8 @@ class DenseCLIP(nn.Module):
         work at single positions.
         """
         visual = self.visual
+        if not 0 <= stages <= 5:
+            raise ModelError(f"--freeze {stages}: the image tower has 5 stages, give 0 to 5.")
         if self.is_vit:
             blocks = list(visual.transformer.resblocks)
             quarter = -(-len(blocks) // 4)
@@ -228,8 +231,6 @@ class DenseCLIP(nn.Module):
         else:
             stem = [visual.conv1, visual.conv2, visual.conv3]
             parts = [stem, [visual.layer1], [visual.layer2], [visual.layer3], [visual.layer4]]
-        if not 0 <= stages <= len(parts):
-            raise ModelError(f"--freeze {stages}: the image tower has {len(parts)} stages, give 0 to {len(parts)}.")
         for part in parts[:stages]:
             for module in part:
                 module.requires_grad_(False)
@@ -323,7 +324,7 @@ class SegmentationNet(nn.Module):
 
     def forward(self, image):
         low, z, pooled = self.encoder(image)
-        with torch.autocast(image.device.type, enabled=False):  # half-precision norms overflow
+        with torch.autocast(image.device.type, enabled=False):  # a half-precision sum of squares overflows at 65504
             emb = F.normalize(z.float(), dim=1)
             pooled = F.normalize(pooled.float(), dim=1)
         size = (image.shape[2] // 4, image.shape[3] // 4)

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+VOID = 255  # the label of pixels that no class is asked of, in every data set of the field
+
 # our reading: the abstract names no prompts. A handful of frames in which a street class may be met; the mean over
 # them belongs to the class, what differs between them (style, light, medium) cancels.
 TEMPLATES = (
@@ -56,7 +58,7 @@ def original_text_prototypes(clip_model, class_names, templates=TEMPLATES):
 
 
 def random_prototypes(num_classes, dim, seed=0):
-    """A control: K random directions (K, D), unit rows. As far apart as text's, and they know nothing.
+    """A control: K random directions (K, D), unit rows, nearly orthogonal where text's are crowded together.
 
     If aligning to these helps as much as aligning to the OTP, then it was the fixed targets that helped, and not language.
     """
@@ -64,20 +66,26 @@ def random_prototypes(num_classes, dim, seed=0):
     return F.normalize(torch.randn(num_classes, dim, generator=generator), dim=1)
 
 
+def shuffled_prototypes(otp, seed=0):
+    """A sharper control: the same K points (K, D), each with the name of another class. Language's geometry without its sense."""
+    order = torch.randperm(len(otp), generator=torch.Generator().manual_seed(seed))
+    return otp[order.roll(1)][order.argsort()]  # one cycle through all classes: no class keeps its own row
+
+
 @torch.no_grad()
 def source_mean_prototypes(batches, fallback):
     """What the abstract argues against: the mean embedding of each class's source pixels, (K, D), unit rows.
 
     batches   yields (emb (B, D, h, w), label (B, h, w) with 255 void) of source images
-    fallback  (K, D), the row of a class that has no pixel in any batch
+    fallback  (K, D), the row of a class that has no pixel in any batch; the answer is on its device
     """
     num_classes, dim = fallback.shape
     total = torch.zeros(num_classes, dim, dtype=torch.float64)
     for emb, label in batches:
-        valid = label != 255
+        valid = label != VOID
         total.index_add_(0, label[valid].cpu(), emb.permute(0, 2, 3, 1)[valid].double().cpu())
     seen = total.norm(dim=1, keepdim=True) > 0
-    return torch.where(seen, F.normalize(total, dim=1).float(), fallback.cpu())
+    return torch.where(seen, F.normalize(total, dim=1).float(), fallback.cpu()).to(fallback.device)
 
 
 class VisualTextPrototypes(nn.Module):

@@ -55,6 +55,7 @@ def reliability(emb, label, prototypes, tau):
     return prob.flatten(1).gather(1, index.flatten(1)).view(label.shape) * valid
 
 
+@torch.no_grad()
 def image_reliability(rel, label, reduce=None):
     """The image-level form of Eq. 5: every pixel gets the mean reliability of its image; (B, H, W) -> (B, H, W).
 

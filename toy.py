@@ -23,7 +23,7 @@ every domain is structure: windows in rows, bars, slabs and lanes in perspective
     toy-snow         snow on ground and trees       low houses, open                    unseen target
     toy-dev          dusk after rain, autumn        -                                   settings are chosen on it
 
-Harmful source data: in a share of the training scenes, 20 to 40 % of the pixels get unrelated texture under some
+Harmful source data: in a share of the training scenes, a quarter to almost half of the pixels get unrelated texture under some
 class's label, or another class's label. `wrong` marks them, for analysis only.
 
 The CLIP in miniature is clip.model.CLIP, trained with CLIP's symmetric contrastive loss on crops and captions ("a dark

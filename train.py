@@ -56,8 +56,8 @@ class Config:
     # the method
     method: str = option("ppar", "ppar, or erm: L_seg with w = 1 alone, the baseline", ("ppar", "erm"))
     clip: str = option(None, "CLIP by name (RN50, RN101, ViT-B/16, ...), path of a checkpoint, or toy")
-    prototypes: str = option("text", "OTP (Eq. 1), or a control: random directions, source means",
-                             ("text", "random", "source"))
+    prototypes: str = option("text", "OTP (Eq. 1), or a control: source means, random directions, the OTP with names swapped",
+                             ("text", "source", "random", "shuffled"))
     align: str = option("progressive", "which goal when (Eq. 4): lambda's schedule",
                         ("progressive", "reversed", "otp", "vtp", "both", "none"))
     w_align: float = option(1.0, "weight of L_align in Eq. 7; 0: not computed")
@@ -261,6 +261,8 @@ def build(config):
     otp = prototypes.original_text_prototypes(clip_model, data.CLASSES)
     if config.prototypes == "random":
         otp = prototypes.random_prototypes(*otp.shape, seed=config.seed)
+    elif config.prototypes == "shuffled":
+        otp = prototypes.shuffled_prototypes(otp, seed=config.seed)
     vtp = prototypes.VisualTextPrototypes(otp.shape[1], 2 * config.width) if uses_vtp(config) else None
     return PPAR(net, otp, vtp), report
 

@@ -1,7 +1,7 @@
 """bench.py: the speed and memory that the README's table states, printed by one command.
 
     python tests/bench.py                    all of it, about ten minutes on two cores
-    python tests/bench.py step item          some of it: step memory item count help linear
+    python tests/bench.py step item          some of it: help count item step loader memory linear
 
 Times are medians of interleaved repetitions (A B A B ...), so that a machine that slows down slows both; what is worth
 quoting is the ratio. Nothing here is a test: a busy machine must not fail a build. Weights are random, of CLIP RN50's shape:
@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-PARTS = ("help", "count", "item", "step", "memory", "linear")
+PARTS = ("help", "count", "item", "step", "loader", "memory", "linear")
 
 
 def interleaved(functions, repeats):
@@ -143,7 +143,6 @@ def bench_item():
     torch.set_num_threads(os.cpu_count())
     print(f"training item of a 1914 x 1052 PNG: {1000 * times['item']:.0f} ms, {times['item'] / times['decode']:.2f} times "
           f"decoding its image alone")
-    return times["item"]
 
 
 def bench_step(repeats=5):
@@ -160,8 +159,33 @@ def bench_step(repeats=5):
     print(f"bf16 with channels_last / fp32: baseline {times['erm bf16'] / times['erm']:.2f}, full "
           f"{times['full bf16'] / times['full']:.2f}; first loss differs by "
           f"{abs(losses['full bf16'] / losses['full'] - 1):.1e} of it")
-    item = bench_item()
-    print(f"the loader fills a batch of 2 in {2 * item:.2f} s with one process; the fastest step takes {min(times.values()):.2f} s")
+
+
+def bench_loader(steps=12):
+    """The real loader feeding the fastest step: how long the step stands still for want of a batch."""
+    import torch
+
+    import data
+    import train
+
+    (_, config, step), workers = rn50("erm", "bf16"), os.cpu_count()
+    with tempfile.TemporaryDirectory() as folder:
+        gta5_sized(folder, 4)
+        stream = data.TrainingStream([data.list_items("gta5", folder, "train")], config.crop, seed=0)
+        loader = torch.utils.data.DataLoader(stream, batch_size=config.batch, sampler=range(config.batch * (steps + 1)),
+                                             num_workers=workers, worker_init_fn=train.outlive_signals)
+        batches, waits, began = iter(loader), [], None
+        for n in range(steps + 1):
+            asked = time.perf_counter()
+            next(batches)
+            if n:  # the first batch waits for the processes to start
+                waits.append(time.perf_counter() - asked)
+            else:
+                began = time.perf_counter()
+            step()
+        total = time.perf_counter() - began
+    print(f"loader with {workers} processes, RN50, crop 512, batch {config.batch}, bf16: of {total / steps:.2f} s a step, "
+          f"{1000 * statistics.median(waits):.1f} ms wait for data (most {1000 * max(waits):.0f} ms)")
 
 
 def bench_memory():

@@ -22,6 +22,7 @@ from PIL import Image
 
 import data
 import evaluate
+import figures
 import model
 import prototypes
 import toy
@@ -34,7 +35,7 @@ ROOT = Path(evaluate.__file__).parent
 
 @pytest.fixture(autouse=True)
 def coarse_figures(monkeypatch):
-    monkeypatch.setattr(evaluate, "DPI", 30)  # most of their time goes into pixels
+    monkeypatch.setattr(figures, "DPI", 30)  # most of their time goes into pixels
 
 
 def random_pair(classes, shape=(40, 60), seed=0):
@@ -651,7 +652,7 @@ def test_figures_are_drawn_beside_a_second_run(run, tmp_path, net, monkeypatch, 
     (run[0] / "log.jsonl").write_text("\n".join(log) + "\n")
     clip = make_clip(dim=24, layers=(1, 1, 1, 1), vocabulary=9, context=8)
     monkeypatch.setattr(model, "load_clip", lambda name: (clip, ""))
-    monkeypatch.setattr(evaluate, "SCENES", 8)
+    monkeypatch.setattr(figures, "SCENES", 8)
     message = refused(run[0], "--compare", run[0], "--device", "cpu")
     assert "no results.json" in message
     command(run[0], "--device", "cpu", "--workers", 0)
@@ -733,7 +734,7 @@ def test_without_arguments_the_demonstration_runs(capsys):
 
 
 def test_classes_have_the_colours_of_the_field_and_void_is_black():
-    drawn = evaluate.colours(np.array([[0, 18, VOID]], np.uint8))
+    drawn = figures.colours(np.array([[0, 18, VOID]], np.uint8))
     assert drawn.tolist() == [[[128, 64, 128], [119, 11, 32], [0, 0, 0]]]
 
 
@@ -744,7 +745,7 @@ def test_the_reliability_figure_scores_one_minus_omega_over_all_labelled_pixels(
     valid = np.stack([label for _, label, _, _ in scenes]) != VOID
     wrong, omega = (np.stack([scene[k] for scene in scenes])[valid] for k in (2, 3))
     pairs = [(p < n) + 0.5 * (p == n) for p in omega[wrong] for n in omega[~wrong]]  # harmful: the lower omega
-    assert evaluate.figure_reliability(tmp_path / "r.png", scenes) == pytest.approx(np.mean(pairs), abs=1e-12)
+    assert figures.figure_reliability(tmp_path / "r.png", scenes) == pytest.approx(np.mean(pairs), abs=1e-12)
     assert (tmp_path / "r.png").is_file()
 
 
@@ -752,14 +753,14 @@ def test_omega_of_the_figures_is_eq_5_at_every_pixel(run, net, otp):
     loaded = evaluate.load_run(run[0])
     item = data.list_items("bdd", run[1]["data_root"], "val")[0]
     image, label = data.to_tensor(data.load_image(item)), torch.from_numpy(data.load_label(item))
-    omega = evaluate._omega(loaded, loaded.config, "cpu", image, label)
+    omega = figures._omega(loaded, loaded.config, "cpu", image, label)
     with torch.no_grad():
         emb = net(evaluate.pad(image[None], 32)).emb[0]
     for y, x in ((0, 0), (17, 40), (39, 71)):
         prob = (emb[:, y // 16, x // 16] @ otp.T / 0.07).softmax(0)
         expected = 0 if label[y, x] == VOID else prob[int(label[y, x])].item()
         assert omega[y, x] == pytest.approx(expected, abs=1e-5)
-    both = evaluate._omega(loaded, loaded.config, "cpu", image, label, both=True)
+    both = figures._omega(loaded, loaded.config, "cpu", image, label, both=True)
     with torch.no_grad():
         out = net(evaluate.pad(image[None], 32))
         vtp = loaded.vtp(otp, out.emb, out.pooled)[0]
@@ -769,4 +770,4 @@ def test_omega_of_the_figures_is_eq_5_at_every_pixel(run, net, otp):
         if x > 20:
             break
     loaded.vtp = None
-    assert (evaluate._omega(loaded, loaded.config, "cpu", image, label, both=True) == omega).all()
+    assert (figures._omega(loaded, loaded.config, "cpu", image, label, both=True) == omega).all()

@@ -11,7 +11,7 @@ from make_clip import make_clip
 
 import prototypes
 from prototypes import (TEMPLATES, VisualTextPrototypes, original_text_prototypes, random_prototypes,
-                        source_mean_prototypes)
+                        shuffled_prototypes, source_mean_prototypes)
 
 torch.set_num_threads(1)
 
@@ -116,7 +116,7 @@ def test_a_clip_with_a_short_context_gets_short_prompts():
     assert original_text_prototypes(model, NAMES).shape == (4, 48)
 
 
-# ------------------------------------------------------------------------------------------------ the two controls
+# ---------------------------------------------------------------------------------------------------- the controls
 
 
 def test_random_prototypes_are_unit_rows_that_depend_on_the_seed_alone():
@@ -128,6 +128,15 @@ def test_random_prototypes_are_unit_rows_that_depend_on_the_seed_alone():
     assert torch.equal(rows, random_prototypes(19, 64, seed=3))
     assert not torch.allclose(rows, random_prototypes(19, 64, seed=4))
     assert (rows @ rows.T - torch.eye(19)).abs().max() < 0.7
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shuffled_prototypes_are_the_same_points_and_no_class_keeps_its_own(seed):
+    otp = random_prototypes(19, 8)
+    rows = shuffled_prototypes(otp, seed)
+    found = (rows[:, None] == otp[None]).all(dim=2).int()  # row i is text j
+    assert (found.sum(0) == 1).all() and (found.sum(1) == 1).all() and found.diagonal().sum() == 0
+    assert torch.equal(rows, shuffled_prototypes(otp, seed)) and not torch.equal(rows, shuffled_prototypes(otp, seed + 5))
 
 
 def test_source_means_equal_plain_loops_and_an_absent_class_gets_its_fallback():
