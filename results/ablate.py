@@ -28,6 +28,9 @@ UNSEEN = ("toy-cityscapes", "toy-bdd", "toy-mapillary", "toy-night", "toy-fog", 
 SEEDS = (0, 1, 2, 3, 4)
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's t, two-sided
 
+# What a CLIP without wide styles would be worth; made by `python toy.py --train-clip --styles source --out runs/narrow_clip.pt`.
+NARROW = "runs/narrow_clip.pt"
+ZERO = "--align none --w-vtp 0 --reweight none --text-weight 1 --steps 1 --lr 1e-12"
 # name: (what it answers, flags). In the order in which they are run: what the claims need comes first.
 ROWS = {
     "erm": ("baseline", "--method erm"),
@@ -52,6 +55,12 @@ ROWS = {
     "full-harm0": ("full, no harmful scenes", "--harmful 0"),
     "no-reweight-harm0": ("full without weights, no harmful scenes", "--reweight none --harmful 0"),
     "erm-harm0": ("baseline, no harmful scenes", "--method erm --harmful 0"),
+    "image": ("full, weights per image", "--reweight image"),
+    "zero-shot": ("CLIP's text score, nothing trained", ZERO),
+    "zero-shot-narrow": ("the same, CLIP that saw the source's style alone", f"{ZERO} --clip {NARROW}"),
+    "erm-narrow": ("baseline, CLIP that saw the source's style alone", f"--method erm --clip {NARROW}"),
+    "full-narrow": ("full, CLIP that saw the source's style alone", f"--clip {NARROW}"),
+    "full-bf16": ("full, bfloat16", "--amp bf16"),
 } | {f"oracle-{name[4:]}": (f"oracle: baseline trained on {name}", f"--method erm --source {name} --harmful 0")
      for name in UNSEEN}
 
@@ -73,6 +82,10 @@ CLAIMS = (
     ("Reweighting alone beats the baseline", "only-reweight", "erm"),
     ("Alignment to the OTP alone beats the baseline", "only-otp", "erm"),
     ("The text score in the prediction helps", "full", "decoder-only"),
+    ("Training beats reading CLIP without training", "full", "zero-shot"),
+    ("Weights per pixel beat weights per image", "full", "image"),
+    ("The full method beats the baseline, CLIP of the source's style", "full-narrow", "erm-narrow"),
+    ("bfloat16 beats float32", "full-bf16", "full"),
 )
 
 

@@ -3,7 +3,7 @@
     python results/bound_table.py            measure every run under runs/ablation that has no bound.json yet, then write
     python results/bound_table.py --table    only write, from the bound.json files that are there
 
-results/ablate.py makes the runs. Oracles are left out: their source is another one.
+results/ablate.py makes the runs. Oracles are left out, their source is another one; zero-shot too, nothing is trained.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from ablate import put  # noqa: E402
 RUNS = HERE.parent / "runs" / "ablation"
 STORE = HERE / "bound.json"
 TERMS = (("left", "risk $`R_T`$ (left side)"), ("right", "right side of Eq. 12"), ("right_direct", "right side of Eq. 13"),
+         ("right_local", "middle of Eq. 25"),
          ("radius_otp", "radius $`A^O`$"), ("radius_vtp", "radius $`A^V`$"), ("gap", "gap $`G`$"), ("slope", "slope $`g`$"),
          ("lipschitz", "Lipschitz constant $`L`$"), ("tv", "class shares, TV"), ("osc", "osc(h)"),
          ("error", "text score, share of wrong pixels"))
@@ -90,7 +91,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     store = json.loads(STORE.read_text()) if STORE.exists() else {}
-    folders = [f for f in sorted(RUNS.glob("*-seed*")) if not f.name.startswith("oracle") and (f / "results.json").exists()
+    folders = [f for f in sorted(RUNS.glob("*-seed*")) if not f.name.startswith(("oracle", "zero-shot")) and (f / "results.json").exists()
                and (not args.rows or f.name.rsplit("-seed", 1)[0] in args.rows)]
     if not args.table:
         with ThreadPoolExecutor(args.jobs) as pool:
