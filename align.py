@@ -6,20 +6,22 @@ place: the prototypes p_1 .. p_K are points that came from language, and each pi
 the point of its own class than to any other. A domain that was never seen but is aligned to the same points lands
 on the same side of the same boundaries (theory.md, Eq. 12: the prototypes are a hub between domains).
 
-Two goals, one of them nearer. The Original Text Prototype (OTP) is the same for every image and may be far from
-the pixels of this one; the Visual Text Prototype (VTP) is the OTP after a look at this image, hence nearer. Asking
+Two goals. The Original Text Prototype (OTP) is the same for every image and may be far from
+the pixels of this one; the Visual Text Prototype (VTP) is the OTP after a look at this image, meant to be the easier goal. Asking
 for the far goal at once may mean large, conflicting gradients in the first steps; so the goal moves, from easy to difficult.
 Whether the order matters is a question for the table of results (`results/toy.md`), not for this sentence.
 
     Eq. 3   L(Q; w) = sum_i w_i CE(<z_i, Q> / tau, y_i) / sum_i w_i             over the labelled pixels i
     Eq. 4   L_align = (1 - lambda) L(VTP) + lambda L(OTP),   lambda(step / steps) from 0 to 1 without a jump
 
+z_i is emb at pixel i divided by its length, Q are the prototypes, <z_i, Q> its K cosines, y_i its label, w_i its weight.
+
 Shapes
     emb         (B, D, h, w)          dense embedding of each pixel; its length does not matter, its direction does
-    label       (B, h, w) int64       0 .. K-1, 255 = void
+    label       (B, h, w) int64       0 .. K-1, 255 = void; on the grid of emb: resize a finer one to the nearest, never mix ids
     prototypes  (K, D) or (B, K, D)   unit rows; one set for all images (OTP), or one per image (VTP)
     weight      (B, h, w)             learning weights from reweight.py, no gradient
-    sim         (B, K, h, w)          cosine in [-1, 1]
+    cosine_similarity_map returns (B, K, h, w), cosines in [-1, 1]
 
 Not here: how prototypes are made (prototypes.py), where weights come from (reweight.py).
 This file needs torch alone. Run `python align.py` for a demonstration in seconds.
@@ -30,7 +32,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-VOID = 255  # the label of pixels that no class is asked of, in every data set of the field
+VOID = 255  # the train id of pixels without a class: in no loss and in no mean
 
 
 def cosine_similarity_map(emb, prototypes):

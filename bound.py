@@ -524,7 +524,7 @@ def print_bound(report):
     if "concentration" in rows.get("source held out", {}):
         print(f"from these source images to all source images (Eq. 23, with probability {1 - report['delta']:.2f}): "
               f"add {rows['source held out']['concentration']:.2f}")
-    targets = [r for name, r in rows.items() if not name.startswith("source")]
+    targets = [r for name, r in rows.items() if not name.startswith("source") and name not in report["source"]]
     if len(targets) > 2:
         for key in ("right", "right_direct"):
             rho = rank_correlation([r[key] for r in targets], [r["left"] for r in targets])

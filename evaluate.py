@@ -45,6 +45,8 @@ def parser():
     p.add_argument("--slide-stride", type=int, metavar="PIXELS", help="step of the window (default: 2/3 of --slide)")
     p.add_argument("--flip", action=on_off, default=None, help="average with the mirrored image")
     p.add_argument("--mapillary", choices=("A", "B"), help="Mapillary's 66 ids to 19 classes; A and B do not compare")
+    p.add_argument("--holdout", type=int, default=0, metavar="N",
+                   help="of a target without a split of its own (gta5, synthia), N evenly spaced pairs; never of a source")
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     p.add_argument("--workers", type=int, default=2, help="processes that decode images while the network works")
     p.add_argument("--compare", metavar="RUN", help="a second run, e.g. the baseline: scored beside, drawn beside")
@@ -485,7 +487,9 @@ def evaluate_targets(run, config, device, rank=0, processes=1, figures=True, com
 
 def find_targets(config):
     """Target -> its validation items, all of them before any work: a folder that is missing is missed now."""
-    return {name: data.list_items(name, config["data_root"], "val", config.get("holdout", 0))
+    own = config.get("holdout", 0)  # of a source, only what its training left out may be scored
+    return {name: data.list_items(name, config["data_root"], "val",
+                                  own if name in config["source"] else config.get("holdout_unseen") or own)
             for name in config["targets"]}
 
 
@@ -514,10 +518,12 @@ def main(args):
     try:
         if args.run is None:
             raise EvaluationError("which run? Give the folder that train.py wrote, before the flags.")
+        if args.workers < 0 or args.holdout < 0:
+            raise EvaluationError(f"--workers {args.workers} --holdout {args.holdout}: neither can be negative.")
         device = _device(args.device)
         run = load_run(args.run, device)
         flags = ("targets", "data_root", *PROTOCOL)
-        config = {**run.config, "out": str(run.path), "workers": args.workers,
+        config = {**run.config, "out": str(run.path), "workers": args.workers, "holdout_unseen": args.holdout,
                   **{key: getattr(args, key) for key in flags if getattr(args, key) is not None}}
         if args.slide is not None and args.slide_stride is None:
             config["slide_stride"] = 0  # the stride of another window is no default
@@ -534,6 +540,8 @@ def main(args):
                          compare=load_run(args.compare, device) if args.compare else None)
     except (EvaluationError, data.DataError, model.ModelError) as error:
         sys.exit(f"error: {error}")
+    except OSError as error:  # a full disk, a folder that may not be written
+        sys.exit(f"error: {error.filename or args.run}: {error.strerror or error}; what was written before stays.")
 
 
 def _device(name):
@@ -541,6 +549,7 @@ def _device(name):
     try:
         device = torch.device(name or ("cuda" if cuda else "cpu"))
         torch.empty(1, device=device)
+        assert device.type in ("cpu", "cuda")
     except Exception:
         raise EvaluationError(f"--device {name}: not on this machine; it has cpu{' and cuda' * cuda}.") from None
     return device

@@ -89,7 +89,7 @@ def figure_predictions(path, rows, title="", inches=3.2):
     return _finish(fig, path)
 
 
-def figure_reliability(path, scenes):
+def figure_reliability(path, scenes, note=""):
     """Eq. 5 as a detector: scenes of (image, label as given, wrong (H, W) bool, omega (H, W)); returns the AUROC.
 
     A pixel is suspected by 1 - omega. All labelled pixels of all scenes count; the first scenes are drawn.
@@ -102,7 +102,7 @@ def figure_reliability(path, scenes):
              "reliability, Eq. 5": np.where(label != VOID, omega, np.nan)}
             for image, label, wrong, omega in (scenes[k] for k in shown[:5])]
     figure_predictions(path, rows, f"Reliability as a detector of harmful source pixels: AUROC {area:.3f} "
-                                   f"({len(scenes)} scenes)")
+                                   f"({len(scenes)} scenes{note})")
     return area
 
 
@@ -175,8 +175,9 @@ def draw_figures(run, config, device, targets, compare=None):
             image, label, wrong = toy.draw(drawn[0], "train", index, harmful=config.get("harmful") or 0.1)
             omega = _omega(run, config, device, data.to_tensor(image), torch.from_numpy(label), both=True)
             scenes.append((image, label, wrong, omega))
-        area = figure_reliability(out / "reliability.png", scenes)
-        print(f"reliability (Eq. 5) as a detector of harmful pixels in {len(scenes)} training scenes: AUROC {area:.3f}")
+        note = "" if config.get("harmful") else ", spoilt for this figure alone: the run saw them clean"
+        area = figure_reliability(out / "reliability.png", scenes, note)
+        print(f"reliability (Eq. 5) as a detector of harmful pixels in {len(scenes)} source scenes{note}: AUROC {area:.3f}")
         yield out / "reliability.png"
     before = _initial_network(run, config, device)
     if before is not None:

@@ -4,7 +4,7 @@ CLIP answers one question per image: which text fits? Its last layer pools all p
 throws away where things are. Segmentation asks the question at every pixel. So the position is kept: the last
 projection is applied to every position instead of to the pooled one, and each pixel gets a vector in the space in
 which CLIP's text lives. Nothing is learnt for that and nothing is new: at native stride, CLIP's own pooling of our
-feature map gives CLIP's own answer to the last bit of float tolerance (tests/test_model.py). So pixels *start* in
+feature map gives CLIP's own answer up to rounding (tests/test_model.py). So pixels *start* in
 the space in which text lives, which is what makes alignment (align.py) a way to go and not a new task.
 
     ResNet   z = c_proj(v_proj(f)) at every position of the last feature map f: the value path of CLIP's attention pool,
@@ -13,12 +13,14 @@ the space in which text lives, which is what makes alignment (align.py) a way to
 
     dilation   A ResNet's last map has stride 32: a car 64 pixels wide becomes two cells. The pooling of the last stages
              is replaced by pooling without stride, and the convolutions behind it reach twice as far. At stride 16,
-             every 2nd cell of the finer map is then exactly a cell of the old one (at stride 8, every 4th); the cells
-             between are new, the weights are not.
-    centring   An old cell looks at the middle of its 32 pixels, and so does the new cell that stands in its corner:
-             the finer map sits (32 - stride) / 2 pixels right of and below the pixels that it describes, half a cell
-             more than whole cells. So z is read between cells, as the mean of the four around the place. Without it
-             every label meets the embedding of a neighbour, and nothing fails: the numbers are just worse.
+             every 2nd cell of the finer map f is then exactly a cell of the old one (at stride 8, every 4th); the
+             cells between are new, the weights are not.
+    centring   Cell j of the finer map stands for the pixels from stride * j on, but CLIP's weights make it look at the middle
+             of the 32 pixels that begin there. At stride 8 it stands at pixel 8 j + 4 and sees around 8 j + 16: 12 pixels
+             or 1.5 cells too far right and below (at stride 16: 8 pixels, half a cell). So the embedding of cell j is read
+             between cells j - 2 and j - 1 (at stride 16: j - 1 and j), as the mean of the four neighbours. Without it
+             every label meets the embedding of a neighbour, and nothing fails: the numbers are just worse. (At the top
+             and left border there is nothing before the first cell: it stands in for what is missing.)
 
 Shapes
     image    (B, 3, H, W)     CLIP-normalised, H and W multiples of 32 (ResNet) or of the patch (ViT)
@@ -30,6 +32,7 @@ Not here: text (prototypes.py), losses (align.py, train.py).
 Run `python model.py` for a demonstration in seconds.
 """
 
+import math
 import os
 import urllib.request  # clip.load uses it after a bare `import urllib`
 import warnings
@@ -175,7 +178,7 @@ class DenseCLIP(nn.Module):
     """CLIP's image tower with the position kept: image -> (low, z, pooled).
 
     low     (B, C, H/4, W/4) for a ResNet (first stage), (B, C, h, w) for a ViT (half of the blocks): edges, for the decoder
-    z       (B, D, h, w)     dense embedding, not yet normalised
+    z       (B, D, h, w)     dense embedding, not yet normalised (theory.md's z is its direction, `emb`)
     pooled  (B, D)           what encode_image returns (for a ResNet: of the same image, at native stride)
 
     Batch normalisation stays as CLIP left it, in train() too: its statistics come from 400 million pictures, a batch
@@ -309,7 +312,7 @@ class SegmentationNet(nn.Module):
 
         def block(inputs, outputs, kernel):
             return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False),
-                                 nn.GroupNorm(min(32, outputs // 4), outputs), nn.ReLU())
+                                 nn.GroupNorm(math.gcd(max(1, min(32, outputs // 4)), outputs), outputs), nn.ReLU())
 
         self.high = block(self.encoder.dim, width, 1)
         self.low = block(self.encoder.low_channels, width // 4, 1)

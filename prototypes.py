@@ -4,7 +4,8 @@ A prototype is a point of CLIP's joint space that stands for a class. Earlier wo
 such a point knows the source's asphalt and the source's sky, and that is what over-fits. CLIP offers points that have
 seen no pixel of any domain, the embeddings of the class names. They are the same for every domain, which makes them a
 meeting place; but text and pixels live in different regions of the joint space, so they are far from both. A second
-prototype, text that has looked at the image, stands between: it is a nearer goal for the pixels of that image.
+prototype, text that has looked at the image, is meant to be the easier goal for the pixels of that image. Nothing forces
+it to be nearer in distance: it starts at the first one, and a cross-entropy moves it (theory.md, sections 6 and 12).
 
     Eq. 1   OTP   t_cj = E_text(template_j(name_c)),   p^O_c = norm(mean_j norm(t_cj))                     frozen
     Eq. 2   VTP   p^V_bc = norm(p^O_c + gamma * Dec(query = p^O_c ; memory = [pooled_b, emb_b]))           learned
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-VOID = 255  # the label of pixels that no class is asked of, in every data set of the field
+VOID = 255  # the train id of pixels without a class: in no loss and in no mean
 
 # our reading: the abstract names no prompts. A handful of frames in which a street class may be met; the mean over
 # them belongs to the class, what differs between them (style, light, medium) cancels.
@@ -119,7 +120,7 @@ class VisualTextPrototypes(nn.Module):
 
 
 def _demo():
-    """On pixels that sit away from their text, the VTP learns to stand nearer to them than the OTP does."""
+    """The VTP can stand nearer to the pixels than the OTP: trained on the distance itself, where the method trains Eq. 3."""
     torch.manual_seed(0)
     otp = random_prototypes(4, 16)
     shift = F.normalize(torch.randn(16), dim=0)  # text and pixels live apart, as in CLIP

@@ -6,9 +6,9 @@ the source labels: where pixel, label and language agree, the pixel is worth lea
 gets a smaller learning weight. No pixel is thrown away, and no class loses its say.
 
     Eq. 5   omega_i = softmax_c(<z_i, p_c> / tau_w)[y_i]                                 reliability, in [0, 1]
-    Eq. 6   w_i = 1 + ramp * (omega_i / mean(omega) - 1), clipped below at w_min, then divided by its mean
+    Eq. 6   u_i = max(1 + ramp * (omega_i / mean(omega) - 1), w_min),   w_i = u_i / mean(u)
 
-Both means of Eq. 6 are over the labelled pixels of the same class. A rare class is always hard, so its omega is
+z_i is emb at pixel i divided by its length, y_i its label, p the OTP or the VTP (train.py takes the mean of both omegas). Both means of Eq. 6 are over the labelled pixels of the same class. A rare class is always hard, so its omega is
 always small: with one mean for the whole batch its pixels get small weights, are learnt less, get smaller weights
 still, and the class starves. Per class, the weights only move learning between pixels of one class: the share of
 the class in the loss stays what it was (theory.md, Eq. 21, says what that protects).
@@ -20,14 +20,14 @@ Shapes
     rel         (B, H, W)             omega, 0 on void
     weight      (B, H, W)             w, mean 1 over the labelled pixels (of each class), 0 on void, no gradient
 
-Not here: what is weighted with it (train.py, Eq. 7), and how well omega finds wrong labels (evaluate.py, AUROC).
+Not here: what is weighted with it (train.py, Eq. 7), and how well omega finds wrong labels (figures.py, AUROC).
 This file needs torch alone. Run `python reweight.py` for a demonstration in seconds.
 """
 
 import torch
 import torch.nn.functional as F
 
-VOID = 255  # the label of pixels that no class is asked of, in every data set of the field
+VOID = 255  # the train id of pixels without a class: in no loss and in no mean
 
 
 @torch.no_grad()

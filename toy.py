@@ -30,7 +30,7 @@ The CLIP in miniature is clip.model.CLIP, trained with CLIP's symmetric contrast
 photo of a bus."), never on label maps: of a crop it knows what its caption says, the class of the thing at its middle.
 It saw random styles (_web): in each picture three classes in four near colours that such things often have, the others
 in any colour; any texture, sun, shadow, contrast, tint, blur, noise, vignette, some gray; light from 0.55 to 1.3 of
-noon; layouts and cameras of a wide range, which holds those of the domains. It never saw a named domain's palette or
+noon; layouts and cameras of a wide range, which holds most of those of the domains. It never saw a named domain's palette or
 look, haze that grows with depth, snow, lit windows, lamp glow, wet mirrors, nor light below 0.55. With --styles source
 it sees the source's look alone: the control that tells what the wide styles are worth.
 
@@ -758,7 +758,7 @@ def draw(domain, split, index, seed=0, harmful=0.0, look=None):
 
 
 def _spoil(rng, image, label):
-    """Make 20 to 40 % of a scene harmful, region by region.
+    """Make a quarter to almost half of a scene harmful, region by region.
 
     Either unrelated texture under some class's label, or what is drawn under the labels of other classes.
     """
@@ -916,7 +916,10 @@ def _normalise(images):
 
 
 def train_clip(out=CLIP_FILE, steps=7000, seed=0, styles="web", threads=1):
-    """CLIP's symmetric contrastive loss, over the batch's captions for an image and over its images for a caption."""
+    """CLIP's symmetric contrastive loss, over the batch's captions for an image and over its images for a caption.
+
+    Crops with the same caption count as each other's negatives, as in CLIP; so the loss has a floor well above 0.
+    """
     import torch
     import torch.nn.functional as F
     from clip.model import CLIP
@@ -974,8 +977,8 @@ def _save(model, used, out):
     table = torch.zeros(49408, WIDTHS["text"])  # CLIP's numbers, as clip.tokenize gives; zero: never trained
     table[torch.from_numpy(used)] = state["token_embedding.weight"]
     state["token_embedding.weight"] = table
-    # Pixels are read as c_proj(v_proj(f)), without a position code (model.py). Move the middle cell's code into the
-    # biases: the same function, since q, k and v are linear, and now reading a pixel is reading the middle cell.
+    # Pixels are read as c_proj(v_proj(f)), without a position code (model.py). The grid of training has one cell: move
+    # its code into the biases. The same function, since q, k and v are linear, and now reading a pixel is reading that cell.
     code = state["visual.attnpool.positional_embedding"]
     middle = code[len(code) // 2].clone()  # row 0 belongs to the mean
     for name in ("q", "k", "v"):
@@ -1014,7 +1017,7 @@ def zero_shot(model, domain, share, scenes=15, per_scene=24):
 
 
 def check_clip(path=CLIP_FILE):
-    """Zero-shot top-1 of held-out crops in the named domains' looks, none of which the miniature CLIP has seen."""
+    """Zero-shot top-1 of held-out crops in the named domains' looks; trained with `--styles web` it has seen none of them."""
     model, right, total = load_toy_clip(path), np.zeros((3, 19)), np.zeros((3, 19))
     print(f"top-1 over {len(CLASSES)} classes (chance {1 / len(CLASSES):.2f}); native: at the scene's scale, "
           "zoom: enlarged, cut: cut to the object")

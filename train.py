@@ -9,9 +9,9 @@
 One step, in the order of the code below:
 
     images, labels of step s            a function of (seed, s) alone                              data.py
-    logits, z, pooled = net(images)     dense CLIP and a decoder                                   model.py
-    p^V = VTP(p^O, z, pooled)           the text prototypes after a look at the images             prototypes.py, Eq. 1, 2
-    w = weights(omega(z, y, p))         what the prototypes think of each labelled pixel           reweight.py, Eq. 5, 6
+    logits, emb, pooled = net(images)    dense CLIP and a decoder                                   model.py
+    p^V = VTP(p^O, emb, pooled)         the text prototypes after a look at the images             prototypes.py, Eq. 1, 2
+    w = weights(omega(emb, y, p))       what the prototypes think of each labelled pixel           reweight.py, Eq. 5, 6
     Eq. 7   L = L_seg(w) + w_align * L_align(w) + w_vtp * L(VTP)                                   align.py, Eq. 3, 4
 
 Every mean in it is over the whole batch, whatever the number of processes and micro-batches: numerators are local,
@@ -61,14 +61,14 @@ class Config:
     align: str = option("progressive", "which goal when (Eq. 4): lambda's schedule",
                         ("progressive", "reversed", "otp", "vtp", "both", "none"))
     w_align: float = option(1.0, "weight of L_align in Eq. 7; 0: not computed")
-    w_vtp: float = option(0.2, "weight of the VTP's own loss in Eq. 7; 0: not computed")
+    w_vtp: float = option(0.2, "weight of L(VTP; 1) in Eq. 7: trains the VTP, and pulls pixels to it; 0: not computed")
     tau: float = option(0.07, "temperature of Eq. 3")
     progress_start: float = option(0.1, "fraction of the run at which lambda (Eq. 4) and ramp (Eq. 6) leave 0")
     progress_end: float = option(0.6, "fraction of the run at which they reach 1")
     reweight: str = option("pixel", "what gets a learning weight (Eq. 6)", ("none", "pixel", "image"))
     reweight_per_class: bool = option(True, "means of Eq. 6 within each class, not over the batch")
     tau_w: float = option(0.07, "temperature of the reliability, Eq. 5")
-    w_min: float = option(0.1, "least learning weight, Eq. 6")
+    w_min: float = option(0.1, "floor of a learning weight before its last division, Eq. 6")
     text_weight: float = option(0.5, "share of the text score <z, OTP> / tau in the prediction, 0 to 1")
     # the network and its optimiser
     stride: int = option(None, "stride of a ResNet's dense embedding: 32, 16 or 8 (a ViT's is its patch)", (8, 16, 32))
@@ -102,16 +102,16 @@ class Config:
 
 
 PRESETS = {
-    # The nearest published recipes: crop 512, AdamW 1e-4, CLIP's own weights x 0.1, poly decay (README, "Recipes").
+    # The nearest published recipes: crop 512, AdamW 1e-4, CLIP's own weights x 0.1, poly decay (README, "Train at scale").
     "real": dict(targets=("cityscapes", "bdd", "mapillary"), harmful=0.0, clip="RN50", stride=16, freeze=1, width=128,
                  steps=40000, batch=8, crop=512, lr=1e-4, amp="auto", workers=8),
-    # fp32, so that a student's numbers are those of the committed table on any processor.
+    # fp32: the same bits on one kind of CPU with as many threads; elsewhere the committed numbers but for rounding.
     "toy": dict(targets=("toy-cityscapes", "toy-bdd", "toy-mapillary", "toy-night", "toy-fog", "toy-snow"), harmful=0.1,
-                clip="toy", stride=8, freeze=0, width=48, steps=250, batch=8, crop=96, lr=3e-3, amp="fp32", workers=2),
+                clip="toy", stride=8, freeze=0, width=48, steps=400, batch=8, crop=96, lr=3e-3, amp="fp32", workers=2),
 }
 # What --method erm switches off. All else stays, at the same seed to the bit: data, initial weights, optimiser.
 ERM = dict(align="none", w_align=0.0, w_vtp=0.0, reweight="none", text_weight=0.0)
-# What may differ between a run and its continuation without changing a single weight.
+# What may differ between a run and its continuation. None of it changes a weight, but a device rounds in its own way.
 HARMLESS = {"device", "workers", "save_every", "log_every", "data_root", "figures"}
 
 
@@ -183,7 +183,6 @@ def configure(given):
 if __name__ == "__main__":
     GIVEN = parse(sys.argv[1:])  # here, before torch is imported: --help and a mistyped flag are answered at once
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -208,6 +207,10 @@ def setup_processes(config):
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("training is written for cpu and cuda")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # pinned memory and all else that goes by the current device
     except (RuntimeError, AssertionError) as error:
         raise RunError(f"--device {name} cannot be used here ({str(error).split('. ')[0][:120]}): this machine has cpu"
                        f"{' and cuda' * torch.cuda.is_available()}.") from None
@@ -301,7 +304,7 @@ def loss_terms(logits, emb, vtp, otp, label, grid, weight, weight_grid, total, c
         value = align.progressive_alignment_loss(emb, grid, otp, vtp, lam, config.tau, weight_grid)
         terms["align"] = config.w_align * share * value
     if config.w_vtp > 0:
-        # The VTP's own, unweighted loss keeps its decoder in touch when lambda = 1.
+        # Unweighted and not detached: trains the VTP, which Eq. 5 still asks when lambda = 1, and pulls pixels to it a little.
         terms["vtp"] = config.w_vtp * labelled / total[2] * align.alignment_loss(emb, grid, vtp, config.tau)
     elif vtp is not None and lam == 1:
         terms["vtp"] = 0.0 * vtp.sum()  # every parameter gets a gradient at every step: DDP waits for each of them
@@ -317,7 +320,7 @@ def backward_batch(network, image, label, config, step, autocast):
     module = getattr(network, "module", network)  # DistributedDataParallel keeps ours inside
     processes = dist.get_world_size() if dist.is_initialized() else 1
     ramp = align.progress(step, config.steps, config.progress_start, config.progress_end)
-    lam = align.SCHEDULES.get(config.align, align.SCHEDULES["otp"])(ramp)
+    lam = align.SCHEDULES.get(config.align, align.SCHEDULES["otp"])(ramp)  # "none": any value, the term is not computed
     grid = to_grid(label, module.net.encoder.stride)  # (B, h, w)
     size = config.micro_batch or len(image)
     parts = [slice(i, i + size) for i in range(0, len(image), size)]  # slices: views, in whatever memory layout
@@ -329,6 +332,8 @@ def backward_batch(network, image, label, config, step, autocast):
     outputs = [forward(parts[0])] if len(parts) == 1 else None
     weight, weight_grid = None, None  # stands for weight 1 everywhere
     if config.reweight != "none" and ramp > 0:
+        # Two sets of weights, each with mean 1 per class over its own pixels: one at label resolution for L_seg, one at the
+        # feature cells for L_align. Both ask the same embeddings; only the label differs.
         with torch.no_grad():
             seen = outputs or [forward(part) for part in parts]
             weight, weight_grid = (
@@ -434,7 +439,10 @@ def write_json(content, path):
 
 def describe_run(config):
     """What somebody needs to trust or repeat a number: flags, versions, commit."""
+    import hashlib
     import importlib.metadata as metadata
+
+    import toy
 
     def git(*words):
         try:
@@ -444,10 +452,15 @@ def describe_run(config):
             return None
         return answer.stdout.strip() if answer.returncode == 0 else None
 
+    clip_file = toy.CLIP_FILE if config.clip == "toy" else config.clip
+    digest = None  # of a CLIP by name, clip.load has checked the hash
+    if os.path.isfile(clip_file):
+        with open(clip_file, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
     versions = {name: metadata.version(name) for name in ("torch", "torchvision", "numpy", "pillow", "clip-anytorch")}
     return dict(command=" ".join(["python", *sys.argv]), config=dataclasses.asdict(config),
-                versions=dict(python=sys.version.split()[0], **versions), commit=commit,
+                clip_sha256=digest, versions=dict(python=sys.version.split()[0], **versions), commit=commit,
                 changed_since_commit=None if changes is None else bool(changes), threads=torch.get_num_threads())
 
 
@@ -477,9 +490,9 @@ def prepare_folder(config, checkpoint):
 def precision(config, device):
     """(whether bf16 is used, autocast context). bfloat16 has float32's range: no loss scaling, and no overflow to NaN.
 
-    `auto` asks the processor; a CPU without bf16 arithmetic would emulate it, slower than float32.
+    `auto` asks the processor: one without bf16 arithmetic emulates it, slower than float32.
     """
-    able = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability() == "AVX512" \
+    able = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability() == "AVX512" \
         and torch.cpu._is_avx512_bf16_supported()
     bf16 = config.amp == "bf16" or (config.amp == "auto" and able)
     return bf16, lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
@@ -637,8 +650,8 @@ def continue_run(given):
     if not whole:
         raise RunError(f"{folder}/last.pt was not written by this train.py: its flags or its parts are others.")
     for name, value in given.items():
-        if name not in HARMLESS and value != own[name]:
-            raise RunError(f"--{name.replace('_', '-')} {value} differs from the run's own {own[name]}: a resumed run keeps "
+        if name not in HARMLESS and value != own.get(name):
+            raise RunError(f"--{name.replace('_', '-')} {value} differs from the run's own {own.get(name)}: a resumed run keeps "
                            f"its flags, only {', '.join('--' + n.replace('_', '-') for n in sorted(HARMLESS))} may change; "
                            f"start a new run with --out.")
     return config, checkpoint
@@ -647,7 +660,11 @@ def continue_run(given):
 def closing_words(config, results):
     """For the drawn world, the committed baseline beside the new row; for every run, the next command to try."""
     committed = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "toy.csv")
-    if config.source == ("toy-gta5",) and os.path.exists(committed):
+    own = {"method", "seed", "out", "targets", "prototypes", "tau", "tau_w", "w_min", "reweight_per_class",
+           "progress_start", "progress_end", *ERM, *HARMLESS}  # what the baseline does not depend on
+    plain = dataclasses.asdict(configure({}))
+    like = all(value == plain[name] for name, value in dataclasses.asdict(config).items() if name not in own)
+    if like and os.path.exists(committed):  # else its baseline is another one
         with open(committed, newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["row"] == "erm"]
         names = [name for name in results["targets"] if rows and name in rows[0]]

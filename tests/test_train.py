@@ -994,7 +994,7 @@ def test_the_learning_rate_is_positive_and_at_most_one_at_every_step(steps, warm
 def test_the_presets_are_what_the_documents_say():
     toy, real = train.configure({}), train.configure({"source": ("gta5",)})
     assert dataclasses.asdict(toy) | dict(
-        source=("toy-gta5",), clip="toy", stride=8, freeze=0, width=48, steps=250, batch=8, crop=96, lr=3e-3,
+        source=("toy-gta5",), clip="toy", stride=8, freeze=0, width=48, steps=400, batch=8, crop=96, lr=3e-3,
         amp="fp32", workers=2, harmful=0.1, out="runs/ppar-toy-gta5-seed0") == dataclasses.asdict(toy)
     assert dataclasses.asdict(real) | dict(
         targets=("cityscapes", "bdd", "mapillary"), clip="RN50", stride=16, freeze=1, width=128, steps=40000, batch=8,
