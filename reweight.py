@@ -8,7 +8,9 @@ gets a smaller learning weight. No pixel is thrown away, and no class loses its 
     Eq. 5   omega_i = softmax_c(<z_i, p_c> / tau_w)[y_i]                                 reliability, in [0, 1]
     Eq. 6   u_i = max(1 + ramp * (omega_i / mean(omega) - 1), w_min),   w_i = u_i / mean(u)
 
-z_i is emb at pixel i divided by its length, y_i its label, p the OTP or the VTP (train.py takes the mean of both omegas). Both means of Eq. 6 are over the labelled pixels of the same class. A rare class is always hard, so its omega is
+z_i is emb at pixel i divided by its length, y_i its label, p the OTP or the VTP (train.py takes the mean of both omegas).
+
+Both means of Eq. 6 are over the labelled pixels of the same class. A rare class is always hard, so its omega is
 always small: with one mean for the whole batch its pixels get small weights, are learnt less, get smaller weights
 still, and the class starves. Per class, the weights only move learning between pixels of one class: the share of
 the class in the loss stays what it was (theory.md, Eq. 21, says what that protects).

@@ -492,8 +492,10 @@ def precision(config, device):
 
     `auto` asks the processor: one without bf16 arithmetic emulates it, slower than float32.
     """
-    able = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability() == "AVX512" \
-        and torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
     bf16 = config.amp == "bf16" or (config.amp == "auto" and able)
     return bf16, lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 

@@ -109,7 +109,8 @@ def run(name, seed):
     row = dict(row=name, seed=seed, unseen=results["mean"],
                **{t: results["targets"].get(t, {}).get("miou") for t in ("toy-gta5", *UNSEEN)},
                **{c: _mean([r["iou"][c] for r in unseen]) for c in classes},
-               seconds=round(time.time() - began), commit=(config["commit"] or "")[:10] + "+" * bool(config["changed_since_commit"]), torch=config["versions"]["torch"])
+               seconds=round(time.time() - began), commit=(config["commit"] or "")[:10] + "+" * bool(config["changed_since_commit"]),
+               torch=config["versions"]["torch"])
     return {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in row.items()}
 
 
@@ -185,7 +186,8 @@ def table(rows):
         lines += ["", f"The shift: the baseline scores {mean:.1f} ± {half:.1f} (95 % interval, n = {n}) points more on held-out "
                   f"source scenes than on the unseen targets; the least over seeds is {least:.1f}."]
     lines += ["", "## The claims", "", "Paired differences of the unseen mean at equal seed, with their 95 % interval (Student's t). "
-              "*Held*: the interval lies above 0, with all five seeds.", f"The intervals are not adjusted for their number: of {len(CLAIMS)} "
+              "*Held*: the interval lies above 0, with all five seeds.",
+              f"The intervals are not adjusted for their number: of {len(CLAIMS)} "
               "true nulls about one would be called decided by chance.", "",
               "| claim | difference | 95 % interval | least over seeds | n | verdict |", "|---|---|---|---|---|---|"]
     for sentence, a, b in CLAIMS:
