@@ -134,7 +134,7 @@ def bench_item():
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        gta5_sized(folder)
+        gta5_sized(folder, 1)
         items = data.list_items("gta5", folder, "train")
         stream = data.TrainingStream([items], 512, seed=0)
         content = Path(items[0].image).read_bytes()
