@@ -196,7 +196,27 @@ def table(rows):
             n, mean, half, least = found
             lines.append(f"| {sentence} | {mean:+.2f} | {mean - half:+.2f} to {mean + half:+.2f} | {least:+.2f} | {n} | "
                          f"{verdict(n, mean, half)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + classes(rows)) + "\n"
+
+
+def classes(rows):
+    """Lines of a table: share of each class in the source's pixels, and its IoU on the unseen targets, rare classes first."""
+    import numpy as np
+
+    sys.path.insert(0, str(HERE.parent))
+    import toy
+
+    labels = np.concatenate([toy.draw("toy-gta5", "train", index)[1].ravel() for index in range(100)])
+    share = 100 * np.bincount(labels, minlength=256)[:19] / len(labels)
+    names = [name for name in ("erm", "no-reweight", "per-batch", "full") if column(rows, name)]
+    lines = ["", "## Does a rare class starve?", "", "IoU in per cent, mean over the unseen targets and over seeds; share: of the pixels of "
+             "the source, in per cent.", "", "| class | share | " + " | ".join(ROWS[name][0] for name in names) + " |",
+             "|---|---|" + "---|" * len(names)]
+    for c in np.argsort(share):
+        if share[c]:
+            cells = [spread(list(column(rows, name, toy.NAMES[c]).values())) for name in names]
+            lines.append(f"| {toy.NAMES[c]} | {share[c]:.1f} | {' | '.join(cells)} |")
+    return lines
 
 
 def summary(rows):
