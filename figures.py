@@ -146,7 +146,7 @@ def figure_curves(path, log):
     step = [row["step"] for row in rows]
     fig = _figure(7, 5)
     top, bottom = fig.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    for key, name in (("radius_vtp", "to VTP, the near goal"), ("radius_otp", "to OTP, the far goal")):
+    for key, name in (("radius_vtp", "to VTP, the first goal"), ("radius_otp", "to OTP, the second goal")):
         if any(row.get(key) is not None for row in rows):
             top.plot(step, [math.nan if row.get(key) is None else row[key] for row in rows], label=name)
     top.set_ylabel("alignment radius")
