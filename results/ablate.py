@@ -162,7 +162,8 @@ def table(rows):
         "Made by `python results/ablate.py` from the runs in `results/toy.csv`; do not edit by hand. mIoU in per cent, mean and",
         "standard deviation over seeds; *unseen* is the mean over the six targets that training never saw. The last checkpoint",
         "counts. Settings were chosen on `toy-dev` and on held-out source scenes, neither of which is in the unseen mean.",
-        f"Trained at commit {', '.join(commits)}, torch {', '.join(sorted({r['torch'] for r in rows.values()}))}, one thread a run.",
+        f"Trained at commit {', '.join(commits)}, torch {', '.join(sorted({r['torch'] for r in rows.values()}))}, one thread a run",
+        "(+: tracked files differed from it; `results/toy.csv` does, because rows are appended to it).",
         "", "| row | flags beside the defaults | n | unseen | held-out source | "
         + " | ".join(u[4:] for u in UNSEEN) + " |", "|---|---|---|---|---|" + "---|" * len(UNSEEN)]
     for name, (what, flags) in ROWS.items():

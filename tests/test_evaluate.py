@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import write_tiny
 from make_clip import make_clip
 from PIL import Image
 
@@ -545,6 +546,17 @@ def test_the_results_file_holds_what_others_script_against(tmp_path):
     assert results["mean"] == pytest.approx((bdd["miou"] + 45) / 2)
     assert results["mean_over"] == ["bdd", "cityscapes"] and results["targets"]["gta5"]["unseen"] is False
     assert "unseen" in results["mean_rule"]
+
+
+def test_holdout_serves_a_target_without_a_split_and_never_uncovers_what_a_source_was_trained_on(tmp_path):
+    for name in ("gta5", "synthia"):
+        write_tiny(tmp_path, name, n=6)
+    config = dict(targets=("gta5", "synthia"), source=("gta5",), data_root=str(tmp_path), holdout=2, holdout_unseen=3)
+    assert {name: len(items) for name, items in evaluate.find_targets(config).items()} == {"gta5": 2, "synthia": 3}
+    with pytest.raises(data.DataError, match="gta5 has no val split"):
+        evaluate.find_targets({**config, "holdout": 0})
+    with pytest.raises(data.DataError, match="synthia has no val split"):
+        evaluate.find_targets({**config, "holdout": 0, "holdout_unseen": 0, "targets": ("synthia",)})
 
 
 def test_an_unfinished_run_is_called_one_and_a_target_without_pixels_is_in_no_mean(tmp_path):
