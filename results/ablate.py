@@ -210,8 +210,8 @@ def classes(rows):
     labels = np.concatenate([toy.draw("toy-gta5", "train", index)[1].ravel() for index in range(100)])
     share = 100 * np.bincount(labels, minlength=256)[:19] / len(labels)
     names = [name for name in ("erm", "no-reweight", "per-batch", "full") if column(rows, name)]
-    lines = ["", "## Does a rare class starve?", "", "IoU in per cent, mean over the unseen targets and over seeds; share: of the pixels of "
-             "the source, in per cent.", "", "| class | share | " + " | ".join(ROWS[name][0] for name in names) + " |",
+    lines = ["", "## Does a rare class starve?", "", "IoU in per cent, mean over the unseen targets and over seeds; share: of "
+             "the pixels of the source, in per cent.", "", "| class | share | " + " | ".join(ROWS[name][0] for name in names) + " |",
              "|---|---|" + "---|" * len(names)]
     for c in np.argsort(share):
         if share[c]:
