@@ -127,6 +127,14 @@ def build_visual(arch):
 # ------------------------------------------------------------------------------------------------------ dense encoder
 
 
+def _neighbour(x, dim, n):
+    """At each cell what stands n cells further on along dim (before it, for n < 0); the border stands for what is beyond it."""
+    size = x.shape[dim]  # by cat, and not F.pad, whose replication torch 2.15 cannot compile in this place
+    if n > 0:
+        return torch.cat([x.narrow(dim, n, size - n)] + [x.narrow(dim, size - 1, 1)] * n, dim)
+    return torch.cat([x.narrow(dim, 0, 1)] * -n + [x.narrow(dim, 0, size + n)], dim)
+
+
 class _PoolWithoutStride(nn.Module):
     """AvgPool2d(2), evaluated at every position of a map whose neighbours are `dilation` cells apart."""
 
@@ -135,10 +143,8 @@ class _PoolWithoutStride(nn.Module):
         self.dilation = dilation
 
     def forward(self, x):
-        d = self.dilation
-        x = F.pad(x, (0, d, 0, d), mode="replicate")  # the new cells at the border have no right neighbour
-        x = x[..., d:, :] + x[..., :-d, :]
-        return (x[..., d:] + x[..., :-d]) / 4
+        x = x + _neighbour(x, 2, self.dilation)
+        return (x + _neighbour(x, 3, self.dilation)) / 4
 
 
 def dilate(resnet, stride):
@@ -255,8 +261,9 @@ class DenseCLIP(nn.Module):
         z = v.attnpool.c_proj(v.attnpool.v_proj(z)).permute(0, 3, 1, 2)  # (B, D, h, w)
         step = 32 // self.stride  # every step-th cell is one that CLIP itself would have computed
         if step > 1:  # "centring" in the head of this file
-            before = step // 2
-            z = F.avg_pool2d(F.pad(z, (before, 0, before, 0), mode="replicate"), 2, stride=1)[..., :feat.shape[2], :feat.shape[3]]
+            near, far = 1 - step // 2, -(step // 2)
+            z = _neighbour(z, 2, near) + _neighbour(z, 2, far)
+            z = (_neighbour(z, 3, near) + _neighbour(z, 3, far)) / 4
         return low, z, attention_pool(v.attnpool, feat[..., ::step, ::step])
 
     def _forward_vit(self, image):
