@@ -224,7 +224,7 @@ def summary(rows):
     """The few lines of it that the README shows."""
     lines = ["| mIoU in %, mean ± standard deviation over seeds | n | held-out source | unseen mean | "
              + " | ".join(u[4:] for u in UNSEEN) + " |", "|---|---|---|---|" + "---|" * len(UNSEEN)]
-    for name in ("erm", "full", "erm-freeze3", "full-freeze3"):
+    for name in ("zero-shot", "erm", "full", "erm-freeze3", "full-freeze3"):
         cells = [spread(list(column(rows, name, key).values())) for key in ("toy-gta5", "unseen", *UNSEEN)]
         lines.append(f"| {ROWS[name][0]} | {len(column(rows, name))} | {' | '.join(cells)} |")
     found = paired(column(rows, "full"), column(rows, "erm"))
