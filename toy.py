@@ -992,6 +992,7 @@ def _save(model, used, out):
 
 
 def load_toy_clip(path=CLIP_FILE):
+    """The miniature CLIP as a clip.model.CLIP, float32, in eval mode."""
     import torch
     from clip.model import build_model  # strict: a weight that is missing or left over is an error
     return build_model(torch.load(path, map_location="cpu", weights_only=True)).float().eval()

@@ -432,6 +432,7 @@ def save_atomically(content, path):
 
 
 def write_json(content, path):
+    """A JSON file, whole or not at all."""
     with open(path + ".tmp", "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
     os.replace(path + ".tmp", path)
