@@ -44,9 +44,9 @@ def cosine_similarity_map(emb, prototypes):
     """
     with torch.autocast(emb.device.type, enabled=False):
         emb, prototypes = emb.float(), prototypes.float()
-        equation = "bdhw,kd->bkhw" if prototypes.dim() == 2 else "bdhw,bkd->bkhw"
         length = torch.linalg.vector_norm(emb, dim=1, keepdim=True)  # (B, 1, h, w)
-        return torch.einsum(equation, emb, F.normalize(prototypes, dim=-1)) / length.clamp_min(1e-8)
+        dot = F.normalize(prototypes, dim=-1) @ emb.flatten(2)  # (K, D) or (B, K, D) times (B, D, hw): (B, K, hw)
+        return dot.unflatten(2, emb.shape[2:]) / length.clamp_min(1e-8)
 
 
 def alignment_loss(emb, label, prototypes, tau, weight=None):

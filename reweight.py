@@ -44,10 +44,9 @@ def reliability(emb, label, prototypes, tau):
         raise ValueError(f"tau must be positive, not {tau}: it divides the cosine")
     with torch.autocast(emb.device.type, enabled=False):
         emb, prototypes = emb.float(), F.normalize(prototypes.float(), dim=-1)
-        equation = "bdhw,kd->bkhw" if prototypes.dim() == 2 else "bdhw,bkd->bkhw"
-        length = torch.linalg.vector_norm(emb, dim=1, keepdim=True).clamp_min(1e-8)
-        prob = (torch.einsum(equation, emb, prototypes) / length / tau).softmax(dim=1)  # (B, K, h, w)
-    h, w = prob.shape[2:]
+        length = torch.linalg.vector_norm(emb, dim=1).clamp_min(1e-8)  # (B, h, w)
+        prob = (prototypes @ emb.flatten(2) / length.flatten(1)[:, None] / tau).softmax(dim=1)  # (B, K, hw)
+    h, w = emb.shape[2:]
     height, width = label.shape[1:]
     row = (torch.arange(height, device=label.device) * h) // height  # the cell that each pixel row lies in
     col = (torch.arange(width, device=label.device) * w) // width
