@@ -7,9 +7,10 @@ the point of its own class than to any other. A domain that was never seen but i
 on the same side of the same boundaries (theory.md, Eq. 12: the prototypes are a hub between domains).
 
 Two goals. The Original Text Prototype (OTP) is the same for every image and may be far from
-the pixels of this one; the Visual Text Prototype (VTP) is the OTP after a look at this image, meant to be the easier goal. Asking
-for the far goal at once may mean large, conflicting gradients in the first steps; so the goal moves, from easy to difficult.
-Whether the order matters is a question for the table of results (`results/toy.md`), not for this sentence.
+the pixels of this one; the Visual Text Prototype (VTP) is the OTP after a look at this image, trained to stand near its pixels:
+the easier goal. Asking for the far goal at once may mean large, conflicting gradients in the first steps; so the goal moves, from
+easy to difficult. Whether the order matters is a question for the table of results (`results/toy.md`), not for this sentence.
+A goal should stand still: hand the VTP over detached (train.py does), or it comes to meet the pixels and pulls them nowhere.
 
     Eq. 3   L(Q; w) = sum_i w_i CE(<z_i, Q> / tau, y_i) / sum_i w_i             over the labelled pixels i
     Eq. 4   L_align = (1 - lambda) L(VTP) + lambda L(OTP),   lambda(step / steps) from 0 to 1 without a jump
@@ -45,7 +46,8 @@ def cosine_similarity_map(emb, prototypes):
     with torch.autocast(emb.device.type, enabled=False):
         emb, prototypes = emb.float(), prototypes.float()
         length = torch.linalg.vector_norm(emb, dim=1, keepdim=True)  # (B, 1, h, w)
-        dot = F.normalize(prototypes, dim=-1) @ emb.flatten(2)  # (K, D) or (B, K, D) times (B, D, hw): (B, K, hw)
+        prototypes = F.normalize(prototypes, dim=-1).expand(len(emb), -1, -1)  # (B, K, D): a batched product copies no map
+        dot = prototypes @ emb.flatten(2)  # (B, K, hw)
         return dot.unflatten(2, emb.shape[2:]) / length.clamp_min(1e-8)
 
 
