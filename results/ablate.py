@@ -163,7 +163,7 @@ def table(rows):
         "Made by `python results/ablate.py` from the runs in `results/toy.csv`; do not edit by hand. mIoU in per cent, mean and",
         "standard deviation over seeds; *unseen* is the mean over the six targets that training never saw. The last checkpoint",
         "counts. Settings were chosen on `toy-dev` and on held-out source scenes, neither of which is in the unseen mean.",
-        f"Trained at commit {now}, rows with † at {', '.join(sorted(set(commits.values()) - {now})) or 'another'}; torch "
+        f"Trained at commit {now}, rows with † at {', '.join(sorted(set(commits.values()) - {now}))}; torch "
         f"{', '.join(sorted({r['torch'] for r in rows.values()}))}, one thread a run",
         "(+: tracked files differed from it; `results/toy.csv` does, because rows are appended to it).", *EARLIER,
         "", "| row | flags beside the defaults | n | unseen | held-out source | "
@@ -172,7 +172,8 @@ def table(rows):
         seeds = [s for n, s in rows if n == name]
         if seeds and not name.startswith("oracle"):
             cells = [spread(list(column(rows, name, key).values())) for key in ("unseen", "toy-gta5", *UNSEEN)]
-            lines.append(f"| {what}{' †' * (commits[name] != now)} | {f'`{flags}`' if flags else ''} | {len(seeds)} | {' | '.join(cells)} |")
+            what += " †" * (commits[name] != now)
+            lines.append(f"| {what} | {f'`{flags}`' if flags else ''} | {len(seeds)} | {' | '.join(cells)} |")
     oracle = {u: column(rows, f"oracle-{u[4:]}", u) for u in UNSEEN}
     if all(oracle.values()):
         cells = [spread(list(oracle[u].values())) for u in UNSEEN]

@@ -721,7 +721,8 @@ def test_the_full_loss_and_its_gradient_are_equation_7_written_out_pixel_by_pixe
 
 
 PARTS = {  # what a switch promises not to compute
-    "vtp": (prototypes.VisualTextPrototypes, "forward"), "near": (prototypes, "visual_prototype_loss"), "alignment": (align, "alignment_loss"),
+    "vtp": (prototypes.VisualTextPrototypes, "forward"), "near": (prototypes, "visual_prototype_loss"),
+    "alignment": (align, "alignment_loss"),
     "progressive": (align, "progressive_alignment_loss"), "reliability": (reweight, "reliability"),
     "weights": (reweight, "learning_weights"), "image": (reweight, "image_reliability"),
 }
