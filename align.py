@@ -7,10 +7,9 @@ the point of its own class than to any other. A domain that was never seen but i
 on the same side of the same boundaries (theory.md, Eq. 12: the prototypes are a hub between domains).
 
 Two goals. The Original Text Prototype (OTP) is the same for every image and may be far from
-the pixels of this one; the Visual Text Prototype (VTP) is the OTP after a look at this image, trained to stand near its pixels:
-the easier goal. Asking for the far goal at once may mean large, conflicting gradients in the first steps; so the goal moves, from
-easy to difficult. Whether the order matters is a question for the table of results (`results/toy.md`), not for this sentence.
-A goal should stand still: hand the VTP over detached (train.py does), or it comes to meet the pixels and pulls them nowhere.
+the pixels of this one; the Visual Text Prototype (VTP) is the OTP after a look at this image, meant to be the easier goal. Asking
+for the far goal at once may mean large, conflicting gradients in the first steps; so the goal moves, from easy to difficult.
+Whether the order matters is a question for the table of results (`results/toy.md`), not for this sentence.
 
     Eq. 3   L(Q; w) = sum_i w_i CE(<z_i, Q> / tau, y_i) / sum_i w_i             over the labelled pixels i
     Eq. 4   L_align = (1 - lambda) L(VTP) + lambda L(OTP),   lambda(step / steps) from 0 to 1 without a jump

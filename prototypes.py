@@ -4,13 +4,11 @@ A prototype is a point of CLIP's joint space that stands for a class. Earlier wo
 such a point knows the source's asphalt and the source's sky, and that is what over-fits. CLIP offers points that have
 seen no pixel of any domain, the embeddings of the class names. They are the same for every domain, which makes them a
 meeting place; but text and pixels live in different regions of the joint space, so they are far from both. A second
-prototype, text that has looked at the image, is the easier goal for the pixels of that image, because it is trained to
-stand near them: a cross-entropy alone would let it stand anywhere that tells the classes apart, further away than the
-first one (theory.md, section 12: that is what it did).
+prototype, text that has looked at the image, is meant to be the easier goal for the pixels of that image. Nothing forces
+it to be nearer in distance: it starts at the first one, and a cross-entropy moves it (theory.md, sections 6 and 12).
 
     Eq. 1   OTP   t_cj = E_text(template_j(name_c)),   p^O_c = norm(mean_j norm(t_cj))                     frozen
-    Eq. 2   VTP   p^V_bc = norm(p^O_c + gamma * Dec(query = p^O_c ; memory = [pooled_b, emb_b]))           learned, by
-            L_vtp = mean_i |z_i - p^V_y_i|^2 over the labelled pixels i, which stand still in it
+    Eq. 2   VTP   p^V_bc = norm(p^O_c + gamma * Dec(query = p^O_c ; memory = [pooled_b, emb_b]))           learned
 
 Shapes
     otp     (K, D)          unit rows
@@ -121,25 +119,8 @@ class VisualTextPrototypes(nn.Module):
             return F.normalize(otp.float() + self.gamma * answer.float(), dim=-1)
 
 
-def visual_prototype_loss(vtp, emb, label):
-    """Eq. 2: mean squared distance of the labelled pixels to the VTP of their class in their image, a scalar in [0, 4].
-
-    vtp    (B, K, D), unit rows
-    emb    (B, D, h, w), unit norm over D, taken as it is: only the prototype moves (align.py moves the pixels)
-    label  (B, h, w) int64, 255 void; if no pixel is labelled, the loss is exactly 0 and so is its gradient
-
-    # our reading: the abstract calls the VTP's alignment the easy one. What makes a goal easy is that it is near, so
-    # nearness is what is asked for; the class mean of the image's own pixels would be the least, were it known without labels.
-    """
-    emb, vtp = emb.detach().float(), vtp.float()
-    valid = label != VOID
-    dot = vtp @ emb.flatten(2)  # (B, K, hw): one product instead of a (B, h, w, D) table of each pixel's own prototype
-    own = dot.gather(1, label.where(valid, torch.zeros_like(label)).flatten(1)[:, None])[:, 0]  # (B, hw)
-    return ((2 - 2 * own) * valid.flatten(1)).sum() / valid.sum().clamp_min(1)
-
-
 def _demo():
-    """The VTP learns to stand nearer to the pixels than the OTP."""
+    """The VTP can stand nearer to the pixels than the OTP: trained on the distance itself, where the method trains Eq. 3."""
     torch.manual_seed(0)
     otp = random_prototypes(4, 16)
     shift = F.normalize(torch.randn(16), dim=0)  # text and pixels live apart, as in CLIP
@@ -148,15 +129,19 @@ def _demo():
     model = VisualTextPrototypes(16, width=32, heads=4, layers=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
-    far = visual_prototype_loss(otp.expand(2, -1, -1), emb, label)
+    def radius(prototypes):  # mean distance between a pixel and the prototype of its class
+        own = torch.stack([p[y] for p, y in zip(prototypes, label)])  # (B, h, w, D)
+        return (emb.permute(0, 2, 3, 1) - own).norm(dim=-1).mean()
+
+    far = radius(otp.expand(2, -1, -1))
     for step in range(61):
-        near = visual_prototype_loss(model(otp, emb, F.normalize(emb.mean((2, 3)), dim=1)), emb, label)
+        near = radius(model(otp, emb, F.normalize(emb.mean((2, 3)), dim=1)))
         if step % 20 == 0:
-            print(f"step {step:2d}   mean squared distance to OTP {far:.3f}, to VTP {near:.3f}")
+            print(f"step {step:2d}   mean distance to OTP {far:.3f}, to VTP {near:.3f}")
         optimizer.zero_grad()
         near.backward()
         optimizer.step()
-    assert near < 0.6 * far
+    assert near < 0.8 * far
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ One step, in the order of the code below:
     logits, emb, pooled = net(images)    dense CLIP and a decoder                                   model.py
     p^V = VTP(p^O, emb, pooled)         the text prototypes after a look at the images             prototypes.py, Eq. 1, 2
     w = weights(omega(emb, y, p))       what the prototypes think of each labelled pixel           reweight.py, Eq. 5, 6
-    Eq. 7   L = L_seg(w) + w_align * L_align(w) + w_vtp * L_vtp                                    align.py, Eq. 3, 4
+    Eq. 7   L = L_seg(w) + w_align * L_align(w) + w_vtp * L(VTP)                                   align.py, Eq. 3, 4
 
 Every mean in it is over the whole batch, whatever the number of processes and micro-batches: numerators are local,
 denominators are global, so the sum of the parts is the loss that one process would have had.
@@ -61,7 +61,7 @@ class Config:
     align: str = option("progressive", "which goal when (Eq. 4): lambda's schedule",
                         ("progressive", "reversed", "otp", "vtp", "both", "none"))
     w_align: float = option(1.0, "weight of L_align in Eq. 7; 0: not computed")
-    w_vtp: float = option(1.0, "weight of L_vtp in Eq. 7, which alone trains the VTP; 0: no VTP (--align otp or none)")
+    w_vtp: float = option(0.2, "weight of L(VTP; 1) in Eq. 7: trains the VTP, and pulls pixels to it; 0: not computed")
     tau: float = option(0.07, "temperature of Eq. 3")
     progress_start: float = option(0.1, "fraction of the run at which lambda (Eq. 4) and ramp (Eq. 6) leave 0")
     progress_end: float = option(0.6, "fraction of the run at which they reach 1")
@@ -154,9 +154,6 @@ def configure(given):
             setattr(config, name, value)
     if config.align == "none":
         config.w_align = 0.0
-    if config.w_align > 0 and config.w_vtp == 0 and config.align != "otp":
-        raise RunError(f"--align {config.align} aligns to a VTP, which --w-vtp 0 leaves untrained: give a positive --w-vtp, or "
-                       f"--align otp.")
     if config.out is None:
         config.out = os.path.join("runs", f"{config.method}-{'-'.join(config.source)}-seed{config.seed}")
     checks = [
@@ -237,8 +234,7 @@ def sum_over_processes(x):
 class PPAR(nn.Module):
     """What is trained, in one module, because DistributedDataParallel wraps one: forward(image) -> logits, emb, vtp.
 
-    otp (K, D) is a buffer: it moves with the module and is never trained. vtp is None where there is none.
-    The VTP looks at the embeddings and does not shape them: pixels move for L_seg and L_align alone.
+    otp (K, D) is a buffer: it moves with the module and is never trained. vtp is None where no loss asks for it.
     """
 
     def __init__(self, net, otp, vtp):
@@ -248,8 +244,13 @@ class PPAR(nn.Module):
 
     def forward(self, image):
         out = self.net(image)
-        vtp = self.vtp(self.otp, out.emb.detach(), out.pooled.detach()) if self.vtp is not None else None
+        vtp = self.vtp(self.otp, out.emb, out.pooled) if self.vtp is not None else None
         return out.logits, out.emb, vtp
+
+
+def uses_vtp(config):
+    """Whether any loss of this configuration needs the VTP."""
+    return config.w_vtp > 0 or (config.w_align > 0 and config.align != "otp")
 
 
 def build(config):
@@ -265,7 +266,7 @@ def build(config):
         otp = prototypes.random_prototypes(*otp.shape, seed=config.seed)
     elif config.prototypes == "shuffled":
         otp = prototypes.shuffled_prototypes(otp, seed=config.seed)
-    vtp = prototypes.VisualTextPrototypes(otp.shape[1], 2 * config.width) if config.w_vtp > 0 else None
+    vtp = prototypes.VisualTextPrototypes(otp.shape[1], 2 * config.width) if uses_vtp(config) else None
     return PPAR(net, otp, vtp), report
 
 
@@ -300,12 +301,13 @@ def loss_terms(logits, emb, vtp, otp, label, grid, weight, weight_grid, total, c
     labelled = (grid != data.VOID).sum()
     if config.w_align > 0:
         share = (labelled if weight_grid is None else weight_grid.sum()) / total[1]
-        goal = None if vtp is None else vtp.detach()  # a goal that came to meet the pixels would not pull them anywhere
-        value = align.progressive_alignment_loss(emb, grid, otp, goal, lam, config.tau, weight_grid)
+        value = align.progressive_alignment_loss(emb, grid, otp, vtp, lam, config.tau, weight_grid)
         terms["align"] = config.w_align * share * value
-    if vtp is not None:
-        # For the whole run and unweighted: Eq. 5 still asks the VTP when lambda = 1, and it must not learn from its own opinion.
-        terms["vtp"] = config.w_vtp * labelled / total[2] * prototypes.visual_prototype_loss(vtp, emb, grid)
+    if config.w_vtp > 0:
+        # Unweighted and not detached: trains the VTP, which Eq. 5 still asks when lambda = 1, and pulls pixels to it a little.
+        terms["vtp"] = config.w_vtp * labelled / total[2] * align.alignment_loss(emb, grid, vtp, config.tau)
+    elif vtp is not None and lam == 1:
+        terms["vtp"] = 0.0 * vtp.sum()  # every parameter gets a gradient at every step: DDP waits for each of them
     return terms
 
 

@@ -51,7 +51,7 @@ def rn50(method, amp="fp32", crop=512, batch=2):
     net = model.SegmentationNet(ModifiedResNet((3, 4, 6, 3), 1024, 32, 224, 64), 19, 16, config.width)
     net.encoder.freeze(config.freeze)
     otp = prototypes.random_prototypes(19, 1024)
-    vtp = prototypes.VisualTextPrototypes(1024, 2 * config.width) if config.w_vtp > 0 else None
+    vtp = prototypes.VisualTextPrototypes(1024, 2 * config.width) if train.uses_vtp(config) else None
     module = train.PPAR(net, otp, vtp)
     bf16, autocast = train.precision(config, torch.device("cpu"))
     image = torch.randn(batch, 3, crop, crop)

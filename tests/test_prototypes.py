@@ -277,24 +277,6 @@ def test_under_autocast_the_prototypes_are_float32_unit_rows_near_the_exact_ones
     assert (vtp * exact).sum(-1).min() > 0.99
 
 
-def test_the_vtp_loss_is_the_mean_squared_distance_and_moves_prototypes_alone():
-    otp, emb, _ = random_image(batch=2)
-    g = torch.Generator().manual_seed(3)
-    vtp = F.normalize(otp + torch.randn(2, *otp.shape, generator=g), dim=-1).requires_grad_()
-    label = torch.randint(0, len(otp), (2, *emb.shape[2:]), generator=g)
-    label[0, 0] = 255
-    emb.requires_grad_()
-    each = [(emb[b, :, i, j] - vtp[b, label[b, i, j]]).square().sum() for b, i, j in (label != 255).nonzero().tolist()]
-    loss = prototypes.visual_prototype_loss(vtp, emb, label)
-    assert loss.item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-5)
-    loss.backward()
-    assert emb.grad is None and vtp.grad.abs().sum() > 0
-    vtp.grad = None
-    nothing = prototypes.visual_prototype_loss(vtp, emb, torch.full_like(label, 255))
-    nothing.backward()
-    assert nothing.item() == 0 and (vtp.grad == 0).all()
-
-
 # ---------------------------------------------------------------------------------------------------------- the file
 
 
