@@ -452,6 +452,7 @@ def colour_jitter(image, rng):
 
 
 def gaussian_blur(image, rng):
+    """A Pillow image, blurred with probability BLUR[0] by a Gaussian of BLUR[1] to BLUR[2] pixels, or as it was."""
     chance, least, largest = BLUR
     sigma = rng.uniform(least, largest)
     return image.filter(ImageFilter.GaussianBlur(sigma)) if rng.random() < chance else image
