@@ -662,6 +662,7 @@ def _demo():
 
 
 def main():
+    """Read whole data sets and say what is wrong with them; exit status 1 if anything is."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--check", nargs="+", metavar="NAME", help=f"data sets to read in full: {', '.join(DATASETS)}")
     parser.add_argument("--data-root", default="data", help="folder that holds one folder per data set (default: data)")

@@ -43,7 +43,7 @@ def reliability(emb, label, prototypes, tau):
     if tau <= 0:
         raise ValueError(f"tau must be positive, not {tau}: it divides the cosine")
     with torch.autocast(emb.device.type, enabled=False):
-        emb, prototypes = emb.float(), F.normalize(prototypes.float(), dim=-1).expand(len(emb), -1, -1)
+        emb, prototypes = emb.float(), F.normalize(prototypes.float(), dim=-1).expand(len(emb), -1, -1)  # (B, K, D)
         length = torch.linalg.vector_norm(emb, dim=1).clamp_min(1e-8)  # (B, h, w)
         prob = (prototypes @ emb.flatten(2) / length.flatten(1)[:, None] / tau).softmax(dim=1)  # (B, K, hw)
     h, w = emb.shape[2:]

@@ -1085,6 +1085,7 @@ def _demo(scenes=12):
 
 
 def main():
+    """Draw the gallery, or train and check the miniature CLIP, as the flags ask."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--gallery", metavar="FILE.png", help="write a picture of all domains")
     parser.add_argument("--train-clip", action="store_true", help="make the miniature CLIP again (minutes)")
