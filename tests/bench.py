@@ -60,7 +60,7 @@ def rn50(method, amp="fp32", crop=512, batch=2):
     if bf16:
         module.to(memory_format=torch.channels_last)
         image = image.contiguous(memory_format=torch.channels_last)
-    optimizer = train.make_optimizer(module, config, torch.device("cpu"))
+    optimizer = train.make_optimizer(module, config)
     for group in optimizer.param_groups:
         group["lr"] = 1e-6
     module.train()

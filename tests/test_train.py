@@ -1032,7 +1032,7 @@ def test_every_flag_reaches_its_field():
 def test_the_optimiser_holds_exactly_the_trainable_parameters_once(world):
     config = configured(world)
     module = train.build(config)[0]
-    optimizer = train.make_optimizer(module, config, CPU)
+    optimizer = train.make_optimizer(module, config)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert len(held) == len(set(held)) and set(held) == {id(p) for p in module.parameters() if p.requires_grad}
     names = {id(p): name for name, p in module.named_parameters()}
@@ -1048,7 +1048,7 @@ def test_the_optimiser_holds_exactly_the_trainable_parameters_once(world):
 def learnt(world, freeze=1):
     config = configured(world, "--freeze", freeze)
     _, _, module = one_step(config, *one_batch(config, world), step=2)
-    return module, train.make_optimizer(module, config, CPU)
+    return module, train.make_optimizer(module, config)
 
 
 def test_the_guards_of_the_first_step_pass_what_is_right_and_catch_what_is_not(world):
