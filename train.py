@@ -69,6 +69,7 @@ class Config:
     reweight_per_class: bool = option(True, "means of Eq. 6 within each class, not over the batch")
     tau_w: float = option(0.07, "temperature of the reliability, Eq. 5")
     w_min: float = option(0.1, "floor of a learning weight before its last division, Eq. 6")
+    balance: float = option(0.0, "a control, not of the paper: losses times n_c^-balance, n_c the pixels of the class in the batch")
     text_weight: float = option(0.5, "share of the text score <z, OTP> / tau in the prediction, 0 to 1")
     # the network and its optimiser
     stride: int = option(None, "stride of a ResNet's dense embedding: 32, 16 or 8 (a ViT's is its patch)", (8, 16, 32))
@@ -171,6 +172,7 @@ def configure(given):
         ("save-every", config.save_every >= 1, "at least 1"), ("log-every", config.log_every >= 1, "at least 1"),
         ("scale", config.scale > 0, "positive"), ("slide", config.slide >= 0, "at least 0"),
         ("slide-stride", 0 <= config.slide_stride <= max(config.slide, 0), "between 0 and --slide"),
+        ("balance", 0 <= config.balance <= 1, "in [0, 1]"),
         ("holdout", config.holdout >= 0, "at least 0"), ("seed", config.seed >= 0, "at least 0"),
         ("weight-decay", config.weight_decay >= 0, "at least 0"),
     ]
@@ -289,6 +291,13 @@ def batch_weights(rel, label, config, ramp):
     return reweight.learning_weights(rel, label, ramp, config.w_min, config.reweight_per_class, sum_over_processes)
 
 
+def balanced(weight, label, power):
+    """Weights times n^-power, n the pixels of the class in the batch, over all processes. What weights of Eq. 6 must not be
+    taken for: those leave the class shares as they are, these move them, and any method may have them."""
+    count = sum_over_processes(torch.bincount(label.flatten(), minlength=256)).clamp_min(1)
+    return count.float().pow(-power)[label] * (label != data.VOID) * (1.0 if weight is None else weight)
+
+
 def loss_terms(logits, emb, vtp, otp, label, grid, weight, weight_grid, total, config, lam):
     """The terms of Eq. 7 on (a part of) the batch -> dict of name -> term with its weight, as shares of the whole batch.
 
@@ -340,6 +349,9 @@ def backward_batch(network, image, label, config, step, autocast):
                 batch_weights(torch.cat([batch_reliability(emb, y[part], module.otp, vtp, config.tau_w)
                                          for (_, emb, vtp), part in zip(seen, parts)]), y, config, ramp)
                 for y in (label, grid))
+
+    if config.balance:
+        weight, weight_grid = balanced(weight, label, config.balance), balanced(weight_grid, grid, config.balance)
 
     def mass(weight, y):  # a denominator: the weight, or the number, of the labelled pixels of this process
         return ((y != data.VOID) if weight is None else weight).sum(dtype=torch.float64)
@@ -466,7 +478,7 @@ def describe_run(config):
 
 
 def prepare_folder(config, checkpoint):
-    """Make the run folder; on resume, drop the log rows of steps that will be done again."""
+    """Make the run folder; on resume, say so in run.json and drop the log rows of steps that will be done again."""
     log = os.path.join(config.out, "log.jsonl")
     if checkpoint is None:
         if os.path.exists(os.path.join(config.out, "last.pt")):  # there from step 0 on, see train()
@@ -476,7 +488,14 @@ def prepare_folder(config, checkpoint):
         write_json(describe_run(config), os.path.join(config.out, "run.json"))
         with contextlib.suppress(FileNotFoundError):
             os.remove(log)
-    elif os.path.exists(log):
+        return log
+    told = os.path.join(config.out, "run.json")  # another commit or machine may go on: its results are both's
+    with contextlib.suppress(FileNotFoundError, ValueError), open(told, encoding="utf-8") as file:
+        run, now = json.load(file), describe_run(config)
+        parts = ("command", "versions", "commit", "changed_since_commit", "threads")
+        run.setdefault("resumed", []).append(dict(step=checkpoint["step"], **{part: now[part] for part in parts}))
+        write_json(run, told)
+    if os.path.exists(log):
         with open(log, encoding="utf-8") as file:
             rows = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= checkpoint["step"]]
         with open(log + ".tmp", "w", encoding="utf-8") as file:

@@ -64,10 +64,11 @@ def world(tmp_path_factory):
 def leave_no_trace():
     """train.main sets signal handlers and torch's determinism for a process of its own; this one goes on."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         yield
     torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -231,6 +232,9 @@ def test_a_run_that_died_goes_on_with_other_workers_to_the_same_bits(world, stra
         file.write('{"step": 6, "lo')  # and a row was being written
     assert main("--resume", out, "--workers", 2) is None
     assert same(out, straight) is None
+    run = json.loads((out / "run.json").read_text())
+    assert run["config"] == json.loads((straight / "run.json").read_text())["config"] | {"out": str(out), "save_every": 4}
+    assert [(part["step"], part["versions"]) for part in run["resumed"]] == [(4, run["versions"])]
 
 
 @pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--prototypes", "source", "--align", "vtp", "--w-vtp", 0],
@@ -562,7 +566,8 @@ def test_micro_batches_in_two_processes_have_the_losses_of_the_whole_batch(world
 
 
 @pytest.mark.parametrize("flags", ["--reweight none", "--reweight pixel", "--reweight image", "--no-reweight-per-class",
-                                   "--align reversed", "--align otp --w-vtp 0", "--method erm"])
+                                   "--align reversed", "--align otp --w-vtp 0", "--method erm", "--balance 0.5",
+                                   "--method erm --balance 1"])
 @pytest.mark.parametrize("void", [0, 1, 4])
 def test_one_step_in_parts_is_the_step_of_the_whole(flags, void, world):
     """Gradients too; with images that have no label, which in a part of one are a mean over nothing."""
@@ -579,6 +584,32 @@ def test_one_step_in_parts_is_the_step_of_the_whole(flags, void, world):
         assert_close(others, grads, 2e-4)
     if void == 4:
         assert whole["loss"] == 0 and all((grad == 0).all() for grad in grads.values())
+
+
+def test_balanced_losses_are_the_formula_in_loops():
+    label = torch.tensor([[[0, 0, 0, 2], [2, 255, 0, 1]]])
+    weight = torch.tensor([[[1.0, 2.0, 0.5, 3.0], [1.0, 0.0, 1.0, 1.0]]])
+    count = {0: 4, 1: 1, 2: 2}
+    for given in (None, weight):
+        for power in (0.5, 1):
+            got = train.balanced(given, label, power)
+            for i in range(2):
+                for j in range(4):
+                    y, w = label[0, i, j].item(), 1 if given is None else given[0, i, j].item()
+                    assert got[0, i, j].item() == pytest.approx(0 if y == 255 else w * count[y] ** -power)
+    assert torch.stack([train.balanced(None, label, 1.0)[label == c].sum() for c in range(3)]).tolist() == pytest.approx([1, 1, 1])
+
+
+def test_a_balanced_baseline_gives_every_class_of_the_batch_the_same_say(world):
+    """At balance 1, L_seg is the mean over classes of their mean losses."""
+    config = configured(world, "--method", "erm", "--balance", "1")
+    image, label = one_batch(config, world)
+    row, _, module = one_step(config, image, label, step=0)
+    with torch.no_grad():
+        logits = torch.nn.functional.interpolate(module(image)[0], size=label.shape[1:], mode="bilinear", align_corners=False)
+        loss = torch.nn.functional.cross_entropy(logits, label, ignore_index=255, reduction="none")
+    means = [loss[label == c].mean().item() for c in label.unique() if c != 255]
+    assert len(means) > 2 and row["seg"] == pytest.approx(sum(means) / len(means), rel=1e-4)
 
 
 def test_results_are_the_same_from_one_process_and_from_two(world, straight, tmp_path):
@@ -857,7 +888,7 @@ BAD_FLAGS = {
     "--progress-start 0.6": "--progress-start 0.6", "--save-every 0": "--save-every 0",
     "--log-every 0": "--log-every 0", "--scale 0": "--scale 0", "--slide -1": "--slide -1",
     "--slide 64 --slide-stride 65": "--slide-stride 65", "--seed -1": "--seed -1", "--holdout -1": "--holdout -1",
-    "--weight-decay -1": "--weight-decay -1", "--freeze 6": "--freeze 6", "--freeze -1": "--freeze -1",
+    "--weight-decay -1": "--weight-decay -1", "--balance 2": "--balance 2", "--freeze 6": "--freeze 6", "--freeze -1": "--freeze -1",
     "--holdout 5 --targets gta5": "--holdout 5", "--source nowhere": "no data set 'nowhere'",
     "--targets nowhere": "no data set 'nowhere'", "--clip RN51": "RN50", "--clip no/such/file.pt": "no/such/file.pt",
     "--data-root no/such/folder": "no/such/folder", "--targets idd": "leftImg8bit", "--source acdc": "rgb_anon",
