@@ -98,7 +98,8 @@ def main():
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     store = json.loads(STORE.read_text()) if STORE.exists() else {}
-    folders = [f for f in sorted(RUNS.glob("*-seed*")) if not f.name.startswith(("oracle", "zero-shot", "dev")) and (f / "results.json").exists()
+    folders = [f for f in sorted(RUNS.glob("*-seed*"))
+               if not f.name.startswith(("oracle", "zero-shot", "dev")) and (f / "results.json").exists()
                and (not args.rows or f.name.rsplit("-seed", 1)[0] in args.rows)]
     if not args.table:
         with ThreadPoolExecutor(args.jobs) as pool:

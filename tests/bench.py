@@ -161,30 +161,60 @@ def bench_step(repeats=5):
           f"{abs(losses['full bf16'] / losses['full'] - 1):.1e} of it")
 
 
-def bench_loader(steps=12):
-    """The real loader feeding the fastest step: how long the step stands still for want of a batch."""
+def bench_loader():
+    """The real loader feeding a step: how long the step stands still for want of a batch."""
+    import data
+
+    _, config, step = rn50("erm", "bf16")  # the fastest step, and the slowest items
+    with tempfile.TemporaryDirectory() as folder:
+        gta5_sized(folder, 4)
+        wait_for_data(f"RN50, crop {config.crop}, batch {config.batch}, bf16", data.list_items("gta5", folder, "train"), config, step, 12)
+    config, step = drawn_world()  # 45 steps: within the first epoch, when every scene has still to be drawn
+    wait_for_data(f"drawn world, batch {config.batch}", data.list_items("toy-gta5", None, "train"), config, step, 45)
+
+
+def drawn_world():
+    """(Config, one step of the baseline, the faster of the two, as a function) of `python train.py`."""
+    import contextlib
+
+    import torch
+
+    import train
+
+    config = train.configure(dict(method="erm"))
+    module, _ = train.build(config)
+    optimizer = train.make_optimizer(module.train(), config)
+    image, label = torch.randn(8, 3, config.crop, config.crop), torch.randint(0, 18, (8, config.crop, config.crop))
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        train.backward_batch(module, image, label, config, 50, contextlib.nullcontext)
+        optimizer.step()
+
+    return config, step
+
+
+def wait_for_data(name, items, config, step, steps):
+    """Print how long `steps` steps wait for the batches of these items, and how long they take with that."""
     import torch
 
     import data
     import train
 
-    (_, config, step), workers = rn50("erm", "bf16"), os.cpu_count()
-    with tempfile.TemporaryDirectory() as folder:
-        gta5_sized(folder, 4)
-        stream = data.TrainingStream([data.list_items("gta5", folder, "train")], config.crop, seed=0)
-        loader = torch.utils.data.DataLoader(stream, batch_size=config.batch, sampler=range(config.batch * (steps + 1)),
-                                             num_workers=workers, worker_init_fn=train.outlive_signals)
-        batches, waits, began = iter(loader), [], None
-        for n in range(steps + 1):
-            asked = time.perf_counter()
-            next(batches)
-            if n:  # the first batch waits for the processes to start
-                waits.append(time.perf_counter() - asked)
-            else:
-                began = time.perf_counter()
-            step()
-        total = time.perf_counter() - began
-    print(f"loader with {workers} processes, RN50, crop 512, batch {config.batch}, bf16: of {total / steps:.2f} s a step, "
+    workers, stream = os.cpu_count(), data.TrainingStream([items], config.crop, seed=0)
+    loader = torch.utils.data.DataLoader(stream, batch_size=config.batch, sampler=range(config.batch * (steps + 1)),
+                                         num_workers=workers, worker_init_fn=train.outlive_signals)
+    batches, waits, began = iter(loader), [], None
+    for n in range(steps + 1):
+        asked = time.perf_counter()
+        next(batches)
+        if n:  # the first batch waits for the processes to start
+            waits.append(time.perf_counter() - asked)
+        else:
+            began = time.perf_counter()
+        step()
+    total = time.perf_counter() - began
+    print(f"loader with {workers} processes, {name}: of {total / steps:.2f} s a step, "
           f"{1000 * statistics.median(waits):.1f} ms wait for data (most {1000 * max(waits):.0f} ms)")
 
 
