@@ -162,6 +162,13 @@ def test_colour_alone_tells_the_class_in_the_source_and_nowhere_else(scenes):
     assert max(accuracy(scenes[name][:8]) for name in TARGETS) < .55
 
 
+def test_every_scene_of_the_development_domain_has_a_weather_of_its_own(scenes):
+    """The brightness of whole scenes spreads twice as far as in a domain with one look; only toy-mapillary comes near."""
+    spread = {name: np.std([image.mean() for image, _ in pairs]) for name, pairs in scenes.items()}
+    one_look = set(spread) - {"toy-dev", "toy-mapillary"}
+    assert spread["toy-dev"] > 2 * max(spread[name] for name in one_look)
+
+
 def test_every_domain_has_its_own_number_and_layouts_name_known_things():
     numbers = [recipe["number"] for recipe in toy.DOMAINS.values()]
     assert len(set(numbers)) == len(numbers)
