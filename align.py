@@ -3,8 +3,8 @@
 Cross-entropy on a classifier's logits only asks that the right class wins on the source. It does not care where
 in CLIP's space the pixels end up, so they drift to wherever the source's accidents put them. Alignment fixes the
 place: the prototypes p_1 .. p_K are points that came from language, and each pixel embedding has to be closer to
-the point of its own class than to any other. A domain that was never seen but is aligned to the same points lands
-on the same side of the same boundaries (theory.md, Eq. 12: the prototypes are a hub between domains).
+the point of its own class than to any other. If the pixels of an unseen domain end near the same points, they land
+on the same side of the same boundaries; nothing in training forces that (theory.md, Eq. 12: the prototypes are a hub between domains).
 
 Two goals. The Original Text Prototype (OTP) is the same for every image and may be far from
 the pixels of this one; the Visual Text Prototype (VTP) is the OTP after a look at this image, meant to be the easier goal. Asking

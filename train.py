@@ -376,7 +376,7 @@ def backward_batch(network, image, label, config, step, autocast):
 
 @torch.no_grad()
 def radii(seen, otp):
-    """Mean distance of the last micro-batch's pixels to the OTP and the VTP of their class: theory.md's A, as it shrinks."""
+    """Mean distance of the last micro-batch's pixels to the OTP and the VTP of their class: theory.md's A, as it moves."""
     emb, vtp, grid = seen
     valid = grid != data.VOID
     pixels, label = emb.permute(0, 2, 3, 1)[valid], grid[valid]  # (N, D), (N,)
