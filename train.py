@@ -409,6 +409,17 @@ def make_optimizer(module, config):
          for (is_clip, is_matrix), params in sorted(groups.items())], fused=True)  # one pass over all weights, on a CPU too
 
 
+def load_optimizer(optimizer, state):
+    """Load a checkpoint's state, its moments laid out in memory as the weights are here.
+
+    load_state_dict keeps the strides of the machine that saved; the fused kernel reads raw memory and would give each weight
+    another one's moments, without an error, where a run goes on in the other layout (channels_last or not, see train()).
+    """
+    optimizer.load_state_dict(state)
+    for p, moments in optimizer.state.items():
+        moments.update({key: torch.empty_like(p).copy_(moments[key]) for key in ("exp_avg", "exp_avg_sq")})
+
+
 def check_first_step(module, optimizer):
     """Guards that cost nothing: what should learn got a finite gradient, what is frozen got none, nothing is left out."""
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
@@ -600,7 +611,7 @@ def train(config, checkpoint, rank, processes, device):
     optimizer = make_optimizer(module, config)
     if checkpoint:
         with refuse_misfit(config):
-            optimizer.load_state_dict(checkpoint["optimizer"])
+            load_optimizer(optimizer, checkpoint["optimizer"])
     network = torch.compile(module) if config.compile else module
     if processes > 1:
         network = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)

@@ -247,6 +247,46 @@ def test_resume_is_exact_whatever_is_trained(flags, world, tmp_path, monkeypatch
     assert same(out, calm) is None
 
 
+@pytest.mark.parametrize("saved, now", [(torch.contiguous_format, torch.channels_last), (torch.channels_last, torch.contiguous_format)])
+def test_moments_from_another_memory_layout_belong_to_the_same_weights(saved, now, world):
+    """A run may go on on a device that wants the other layout; a fused kernel reads raw memory, whatever the strides say."""
+    config = configured(world)
+
+    def fresh(layout):
+        module = train.build(config)[0].train().to(memory_format=layout)
+        return module, train.make_optimizer(module, config)
+
+    def step(module, optimizer, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    straight, moved = fresh(saved), fresh(now)
+    step(*straight, seed=1)
+    moved[0].load_state_dict(straight[0].state_dict())
+    train.load_optimizer(moved[1], copy.deepcopy(straight[1].state_dict()))  # from a file, nothing is shared
+    step(*straight, seed=2)
+    step(*moved, seed=2)
+    strided = [p for p in moved[0].parameters() if p.dim() == 4 and min(p.shape[1:]) > 1 and p.requires_grad]
+    assert strided, "no weight whose layout matters"
+    for p, q in zip(straight[0].parameters(), moved[0].parameters()):
+        assert (p - q).abs().max() < 1e-6
+
+
+def test_gradients_are_laid_out_as_their_weights(world):
+    """The fused kernel trusts it, in channels_last too; autograd promises it."""
+    config = configured(world)
+    image, label = one_batch(config, world)
+    module = train.build(config)[0].train().to(memory_format=torch.channels_last)
+    one_step(config, image.contiguous(memory_format=torch.channels_last), label, step=2, module=module)
+    weights = [p for p in module.parameters() if p.grad is not None]
+    assert any(not p.is_contiguous() for p in weights) and all(p.grad.stride() == p.stride() for p in weights)
+
+
 def test_a_run_that_died_before_its_first_regular_checkpoint_goes_on_too(world, tmp_path, monkeypatch):
     calm = trained(tmp_path / "calm", *world["flags"], "--steps", 3)
     out = stopped(tmp_path / "run", 1, monkeypatch, *world["flags"], "--steps", 3)
@@ -550,7 +590,7 @@ def test_two_processes_have_the_losses_of_one_with_reweighting(world, twenty, tm
 
 
 def test_two_processes_have_the_losses_of_one_erm(world, tmp_path):
-    flags = [*world["flags"], *TWENTY, "--method", "erm"]
+    flags = [*world["flags"], *TWENTY, "--method", "erm", "--balance", "0.5"]  # counts are over both, too
     one, two = trained(tmp_path / "one", *flags), as_ranks(flags, tmp_path / "two", tmp_path)
     assert largest_difference(one, two) < 1e-5
     assert "align" not in read_log(one)[0] and read_log(one)[0]["loss"] == read_log(one)[0]["seg"]
