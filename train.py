@@ -69,7 +69,7 @@ class Config:
     reweight_per_class: bool = option(True, "means of Eq. 6 within each class, not over the batch")
     tau_w: float = option(0.07, "temperature of the reliability, Eq. 5")
     w_min: float = option(0.1, "floor of a learning weight before its last division, Eq. 6")
-    balance: float = option(0.0, "a control, not of the paper: losses times n_c^-balance, n_c the pixels of the class in the batch")
+    balance: float = option(0.0, "a control, not of the paper: L_seg and L_align times n_c^-balance, n_c pixels of the class in the batch")
     text_weight: float = option(0.5, "share of the text score <z, OTP> / tau in the prediction, 0 to 1")
     # the network and its optimiser
     stride: int = option(None, "stride of a ResNet's dense embedding: 32, 16 or 8 (a ViT's is its patch)", (8, 16, 32))
@@ -719,7 +719,7 @@ def main(given):
         rank, processes, device = setup_processes(config)
         if device.type == "cpu":
             torch.use_deterministic_algorithms(True)  # same seed, same bits; a GPU is asked for speed instead
-            torch.utils.deterministic.fill_uninitialized_memory = False  # nobody reads it; filling it costs 6 % of a toy step
+            torch.utils.deterministic.fill_uninitialized_memory = False  # nobody reads it, and filling it takes time
         module = train(config, checkpoint, rank, processes, device)
         results = evaluate.evaluate_targets(module, config, device, rank, processes, config.figures)
         if rank == 0:
