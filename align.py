@@ -1,4 +1,4 @@
-"""align.py: pull every pixel towards its class prototype, the near goal first and the far one later.
+"""align.py: pull every pixel towards its class prototype, the goal meant to be easier first.
 
 Cross-entropy on a classifier's logits only asks that the right class wins on the source. It does not care where
 in CLIP's space the pixels end up, so they drift to wherever the source's accidents put them. Alignment fixes the
