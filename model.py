@@ -1,34 +1,23 @@
 """model.py: CLIP's image tower turned into a dense encoder, with a light decoder on top.
 
-CLIP answers one question per image: which text fits? Its last layer pools all positions into a single vector and
-throws away where things are. Segmentation asks the question at every pixel. So the position is kept: the last
-projection is applied to every position instead of to the pooled one, and each pixel gets a vector in the space in
-which CLIP's text lives. Nothing is learnt for that and nothing is new: at native stride, CLIP's own pooling of our
-feature map gives CLIP's own answer up to rounding (tests/test_model.py). So pixels *start* in
-the space in which text lives, which is what makes alignment (align.py) a way to go and not a new task.
+CLIP answers one question per image: which text fits? Its last layer pools all positions into one vector, and where
+things are is lost. Segmentation asks the question at every pixel. So the last projection is applied to every position
+instead of to the pooled one, and each pixel gets a vector in the space in which CLIP's text lives. This is where
+alignment (align.py) starts. Pooled as CLIP does it, the same features give CLIP's own answer.
 
-    ResNet   z = c_proj(v_proj(f)) at every position of the last feature map f: the value path of CLIP's attention pool,
-             which is what the pool would return if it attended to that position alone (without its position code)
-    ViT      z = proj(ln_post(t)) for every patch token t, where CLIP does so for the class token alone
-
-    dilation   A ResNet's last map has stride 32: a car 64 pixels wide becomes two cells. The pooling of the last stages
-             is replaced by pooling without stride, and the convolutions behind it reach twice as far. At stride 16,
-             every 2nd cell of the finer map f is then exactly a cell of the old one (at stride 8, every 4th); the
-             cells between are new, the weights are not.
-    centring   Cell j of the finer map stands for the pixels from stride * j on, but CLIP's weights make it look at the middle
-             of the 32 pixels that begin there. At stride 8 it stands at pixel 8 j + 4 and sees around 8 j + 16: 12 pixels
-             or 1.5 cells too far right and below (at stride 16: 8 pixels, half a cell). So the embedding of cell j is read
-             between cells j - 2 and j - 1 (at stride 16: j - 1 and j), as the mean of the four neighbours. Without it
-             every label meets the embedding of a neighbour, and nothing fails: the numbers are just worse. (At the top
-             and left border there is nothing before the first cell: it stands in for what is missing.)
+    ResNet     z = c_proj(v_proj(f)) at every position of the last feature map f: the value path of CLIP's attention pool,
+               which is what the pool returns if it attends to that position alone (without its position code)
+    ViT        z = proj(ln_post(t)) for every patch token t, where CLIP does so for the class token alone
+    dilation   a ResNet's last map is refined from stride 32 to 16 or 8 with the same weights (`dilate`)
+    centring   the finer map is read where a cell's pixels are, not where the weights look (`_forward_resnet`)
 
 Shapes
-    image    (B, 3, H, W)     CLIP-normalised, H and W multiples of 32 (ResNet) or of the patch (ViT)
+    image    (B, 3, H, W)     CLIP-normalised, H and W multiples of 32 (ResNet) or of the patch (ViT): see `pad`
     emb      (B, D, h, w)     unit norm over D; h = H / stride
     pooled   (B, D)           unit norm: CLIP's own embedding of the whole image
     logits   (B, K, H/4, W/4) scores of the decoder; the caller resizes them to the label
 
-Not here: text (prototypes.py), losses (align.py, train.py).
+Not here: text (prototypes.py), losses (align.py, ppar.py), the training of toy_clip.pt (toy_clip.py).
 Run `python model.py` for a demonstration in seconds.
 """
 
@@ -36,7 +25,7 @@ import math
 import os
 import urllib.request  # clip.load uses it after a bare `import urllib`
 import warnings
-from typing import NamedTuple
+from collections import namedtuple
 
 import torch
 import torch.nn.functional as F
@@ -47,50 +36,42 @@ with warnings.catch_warnings():  # clip-anytorch still asks setuptools for its v
     import clip
     from clip.model import ModifiedResNet, VisionTransformer
 
+from data import UserError
 
-class ModelError(ValueError):
-    """A CLIP that cannot be had or does not fit; the message is one sentence for the user."""
-
-
-class Dense(NamedTuple):
-    """What the network says about a batch of images; shapes as in the head of this file."""
-
-    logits: torch.Tensor
-    emb: torch.Tensor
-    pooled: torch.Tensor
+TOY_CLIP = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy_clip.pt")  # the small CLIP of the drawn world
+Dense = namedtuple("Dense", "logits emb pooled")  # what the network says about a batch of images; shapes as above
 
 
 # ---------------------------------------------------------------------------------------------------- CLIP, from file
+def load_clip(name):
+    """A CLIP by name (`toy`, `RN50`, `ViT-B/16`, ...) or from a file -> (clip.model.CLIP, one line about it).
 
-
-def load_clip(name_or_path):
-    """A CLIP by name (`RN50`, `RN101`, `ViT-B/16`, ...) or from a file -> (clip.model.CLIP, one line about it).
-
-    A name goes through clip.load: downloaded once into ~/.cache/clip, its hash checked. A path may hold a TorchScript
-    archive (as OpenAI ships) or a state dict. Either way the architecture is derived from the shapes of the weights
-    and the weights are loaded strictly: one that is missing or left over is an error, never a silent random layer.
-    The result is float32 on the CPU and frozen in eval mode: CLIP's half precision gave its users years of NaN.
+    `toy` is the file TOY_CLIP. OpenAI's names go through clip.load: downloaded once into ~/.cache/clip, the hash checked.
+    A file holds a TorchScript archive (as OpenAI ships) or a state dict. Either way the architecture is derived from the
+    shapes of the weights, which are loaded strictly: one that is missing or left over is an error, never a silent random
+    layer. The result is frozen, in eval mode, on the CPU and float32, in which nothing overflows.
     """
-    known = name_or_path in clip.available_models()
-    if not known and not os.path.isfile(name_or_path):
-        raise ModelError(f"--clip {name_or_path}: neither a file nor one of {', '.join(clip.available_models())}.")
+    path = TOY_CLIP if name == "toy" else name
+    on_hub = path in clip.available_models()
+    if not on_hub and not os.path.isfile(path):
+        raise UserError(f"--clip {path}: neither a file nor one of toy, {', '.join(clip.available_models())}.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript announces its retirement at every load
-            model = clip.load(name_or_path, device="cpu")[0] if known else _from_file(name_or_path)
+            model = clip.load(path, device="cpu")[0] if on_hub else _from_file(path)
     except OSError as error:  # of the network or of the disk
-        where = f"fetch {clip.clip._MODELS[name_or_path]} elsewhere and put it into ~/.cache/clip, or pass its path with --clip" \
-            if known else "is it readable?"
-        raise ModelError(f"CLIP {name_or_path} could not be had ({getattr(error, 'reason', error)}): {where}.") from None
+        remedy = f"fetch {clip.clip._MODELS[path]} elsewhere and put it into ~/.cache/clip, or pass its path with --clip" \
+            if on_hub else "is it readable?"
+        raise UserError(f"CLIP {path} could not be had ({getattr(error, 'reason', error)}): {remedy}.") from None
     except Exception as error:  # a foreign or damaged file fails in a dozen ways; the user needs the file and the reason
         reason = " ".join(str(error).split())[:300]
         if "weights_only" in reason:  # torch advises to switch its protection off; we do not
             reason = "it is damaged, or holds more than tensors"
-        raise ModelError(f"{name_or_path} is no CLIP checkpoint that can be loaded ({type(error).__name__}: {reason}); "
-                         f"it must be a TorchScript archive or a plain state dict in OpenAI's format.") from None
+        raise UserError(f"{path} is no CLIP checkpoint that can be loaded ({type(error).__name__}: {reason}); "
+                        f"it must be a TorchScript archive or a plain state dict in OpenAI's format.") from None
     model = model.float().eval().requires_grad_(False)
     kind = "ViT" if isinstance(model.visual, VisionTransformer) else "ResNet"
-    report = (f"CLIP {name_or_path}: {kind}, joint width {model.text_projection.shape[1]}, "
+    report = (f"CLIP {name}: {kind}, joint width {model.text_projection.shape[1]}, "
               f"{len(model.state_dict())} tensors loaded, 0 missing, 0 left over")
     return model, report
 
@@ -118,21 +99,22 @@ def architecture(visual):
                 input_resolution=visual.input_resolution, width=visual.conv3.out_channels)
 
 
-def build_visual(arch):
-    """CLIP's image tower from architecture(...), with fresh weights that a state dict is to replace."""
-    arch = dict(arch)
-    return {"vit": VisionTransformer, "resnet": ModifiedResNet}[arch.pop("kind")](**arch)
-
-
 # ------------------------------------------------------------------------------------------------------ dense encoder
+def pad(image, multiple):
+    """Continue the border pixels to the right and below until both sides are multiples: (B, 3, H, W), any H and W.
+
+    The border's own colours, because a frame of constant grey is an edge that no street has; on two sides only, so
+    that pixel (0, 0) stays where it is and scores are cropped back by a slice.
+    """
+    return F.pad(image, (0, -image.shape[3] % multiple, 0, -image.shape[2] % multiple), mode="replicate")
 
 
 def _neighbour(x, dim, n):
-    """At each cell what stands n cells further on along dim (before it, for n < 0); the border stands for what is beyond it."""
-    size = x.shape[dim]  # by cat, and not F.pad, whose replication torch 2.15 cannot compile in this place
-    if n > 0:
-        return torch.cat([x.narrow(dim, n, size - n)] + [x.narrow(dim, size - 1, 1)] * n, dim)
-    return torch.cat([x.narrow(dim, 0, 1)] * -n + [x.narrow(dim, 0, size + n)], dim)
+    """At each cell what stands n cells further on along dim (n < 0: before it); beyond the border, the border's cell."""
+    size = x.shape[dim]
+    parts = [x.narrow(dim, 0, 1)] * -n  # a list times a negative number is empty
+    parts += [x.narrow(dim, max(n, 0), size - abs(n))] + [x.narrow(dim, size - 1, 1)] * n
+    return torch.cat(parts, dim)  # not by F.pad, whose replication torch 2.15 cannot compile in this place
 
 
 class _PoolWithoutStride(nn.Module):
@@ -150,24 +132,20 @@ class _PoolWithoutStride(nn.Module):
 def dilate(resnet, stride):
     """Bring the last map of CLIP's ResNet from stride 32 to `stride` (32, 16 or 8), in place, weights untouched.
 
-    The pooling that opens a stage loses its stride, so everything behind it sees neighbours `dilation` cells away:
-    3x3 convolutions are told so. Cells on the old grid keep their exact values.
+    At stride 32 a car of 64 pixels is two cells wide. The pooling that opens a stage loses its stride, and so everything
+    behind it sees its neighbours `dilation` cells away: the 3x3 convolutions are told so. At stride 16 every 2nd cell of
+    the finer map is exactly a cell of the old one (at stride 8, every 4th); the cells between are new.
     """
+    # our reading: the abstract names no stride. Dilation is the way to a finer map that adds no weight to CLIP's.
     if stride not in (8, 16, 32):
-        raise ModelError(f"--stride {stride}: a CLIP ResNet can be read at stride 32, 16 or 8.")
-    current, dilation = 4, 1
-    for stage in (resnet.layer2, resnet.layer3, resnet.layer4):
-        current *= 2
-        removed = current > stride
+        raise UserError(f"--stride {stride}: a CLIP ResNet can be read at stride 32, 16 or 8.")
+    dilation = 1
+    for stage, native in ((resnet.layer2, 8), (resnet.layer3, 16), (resnet.layer4, 32)):
         for index, block in enumerate(stage):
-            if index == 0:
-                block.conv2.dilation = block.conv2.padding = (dilation, dilation)
-                if removed:  # the pooling comes after conv2, and again on the shortcut
-                    block.avgpool = block.downsample[0] = _PoolWithoutStride(dilation)
-                    dilation *= 2
-            else:
-                block.conv2.dilation = block.conv2.padding = (dilation, dilation)
-    return resnet
+            block.conv2.dilation = block.conv2.padding = (dilation, dilation)
+            if index == 0 and native > stride:  # its pooling comes after conv2, and again on the shortcut
+                block.avgpool = block.downsample[0] = _PoolWithoutStride(dilation)
+                dilation *= 2
 
 
 def _resize_position(position, h, w):
@@ -176,6 +154,7 @@ def _resize_position(position, h, w):
     if (h, w) == (grid, grid):
         return position
     code = position[1:].T.reshape(1, -1, grid, grid)
+    # our reading: bicubic, the usual way of taking a ViT to another size; the abstract says nothing.
     code = F.interpolate(code, size=(h, w), mode="bicubic", align_corners=False)
     return torch.cat([position[:1], code.flatten(2)[0].T])
 
@@ -187,14 +166,14 @@ class DenseCLIP(nn.Module):
     z       (B, D, h, w)     dense embedding, not yet normalised (theory.md's z is its direction, `emb`)
     pooled  (B, D)           what encode_image returns (for a ResNet: of the same image, at native stride)
 
-    Batch normalisation stays as CLIP left it, in train() too: its statistics come from 400 million pictures, a batch
-    of eight game frames would overwrite them with the source's colours, and model.train() is called in every loop.
     `visual` itself is changed: dilated, and made trainable. Who still needs CLIP as it was hands over a copy.
     """
 
     def __init__(self, visual, stride=16):
         super().__init__()
         self.visual = visual
+        self.dim = visual.output_dim
+        visual.requires_grad_(True)
         self.is_vit = isinstance(visual, VisionTransformer)
         if self.is_vit:
             self.stride = self.multiple = visual.conv1.kernel_size[0]  # a ViT cannot be read finer than its patches
@@ -203,16 +182,14 @@ class DenseCLIP(nn.Module):
             dilate(visual, stride)
             self.stride, self.multiple = stride, 32
             self.low_channels = visual.layer1[-1].conv3.out_channels
-        self.dim = visual.output_dim
-        self.visual.requires_grad_(True)
-        for module in self.visual.modules():
+            pool = visual.attnpool
+            for part in (pool.q_proj, pool.k_proj, pool.positional_embedding):
+                part.requires_grad_(False)  # for `pooled` alone, on which the baseline has no loss: they would get no gradient
+        # our reading: batch normalisation stays as CLIP left it, in train() too. Its statistics come from 400 million
+        # pictures; a batch of eight frames of a game would overwrite them with the source's colours.
+        for module in visual.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval().requires_grad_(False)
-        if not self.is_vit:  # only `pooled` uses these, and the baseline has no loss on it: they would never get a gradient
-            pool = self.visual.attnpool
-            for part in (pool.q_proj, pool.k_proj):
-                part.requires_grad_(False)
-            pool.positional_embedding.requires_grad_(False)
 
     def train(self, mode=True):
         super().train(mode)
@@ -224,29 +201,24 @@ class DenseCLIP(nn.Module):
     def freeze(self, stages):
         """Freeze the first `stages` of 5: stem and four stages of a ResNet; embedding and four quarters of a ViT's blocks.
 
-        The last projection into the joint space always stays trainable: it is the one part that was never asked to
-        work at single positions.
+        The last projection into the joint space always stays trainable: CLIP never asked it to work at single positions.
         """
-        visual = self.visual
         if not 0 <= stages <= 5:
-            raise ModelError(f"--freeze {stages}: the image tower has 5 stages, give 0 to 5.")
+            raise UserError(f"--freeze {stages}: the image tower has 5 stages, give 0 to 5.")
+        v = self.visual
         if self.is_vit:
-            blocks = list(visual.transformer.resblocks)
+            stem = [v.conv1, v.ln_pre, v.class_embedding, v.positional_embedding]
+            blocks = list(v.transformer.resblocks)
             quarter = -(-len(blocks) // 4)
-            parts = [[visual.conv1, visual.ln_pre]] + [blocks[i * quarter:(i + 1) * quarter] for i in range(4)]
-            if stages:
-                visual.class_embedding.requires_grad_(False)
-                visual.positional_embedding.requires_grad_(False)
+            parts = [stem] + [blocks[i * quarter:(i + 1) * quarter] for i in range(4)]
         else:
-            stem = [visual.conv1, visual.conv2, visual.conv3]
-            parts = [stem, [visual.layer1], [visual.layer2], [visual.layer3], [visual.layer4]]
-        for part in parts[:stages]:
-            for module in part:
-                module.requires_grad_(False)
+            parts = [[v.conv1, v.conv2, v.conv3], [v.layer1], [v.layer2], [v.layer3], [v.layer4]]
+        for part in sum(parts[:stages], []):
+            part.requires_grad_(False)
 
     def forward(self, image):
         if image.shape[2] % self.multiple or image.shape[3] % self.multiple:
-            raise ModelError(f"image of {image.shape[2]} x {image.shape[3]} pixels: height and width must be multiples "
+            raise UserError(f"image of {image.shape[2]} x {image.shape[3]} pixels: height and width must be multiples "
                              f"of {self.multiple} for this CLIP; pad or crop it.")
         return self._forward_vit(image) if self.is_vit else self._forward_resnet(image)
 
@@ -255,15 +227,18 @@ class DenseCLIP(nn.Module):
         x = v.relu1(v.bn1(v.conv1(image)))
         x = v.relu2(v.bn2(v.conv2(x)))
         x = v.avgpool(v.relu3(v.bn3(v.conv3(x))))
-        low = v.layer1(x)
+        low = v.layer1(x)  # our reading: the decoder's early map is the first stage, the last one at a quarter of the image
         feat = v.layer4(v.layer3(v.layer2(low)))  # (B, C, h, w)
-        z = feat.permute(0, 2, 3, 1)  # (B, h, w, C): a 1x1 convolution is a linear layer on the last axis
+        # our reading: the abstract does not say how CLIP becomes dense. The value path needs no new weight.
+        z = feat.permute(0, 2, 3, 1)  # (B, h, w, C): a linear layer works on the last axis
         z = v.attnpool.c_proj(v.attnpool.v_proj(z)).permute(0, 3, 1, 2)  # (B, D, h, w)
         step = 32 // self.stride  # every step-th cell is one that CLIP itself would have computed
-        if step > 1:  # "centring" in the head of this file
-            near, far = 1 - step // 2, -(step // 2)
-            z = _neighbour(z, 2, near) + _neighbour(z, 2, far)
-            z = (_neighbour(z, 3, near) + _neighbour(z, 3, far)) / 4
+        # our reading: centring. Cell j stands for the pixels from stride * j on, but CLIP's weights look at the middle of
+        # the 32 pixels that begin there: at stride 8 at pixel 8 j + 16 instead of 8 j + 4, that is 1.5 cells too far right
+        # and below (at stride 16: half a cell). So cell j is read between cells j - 2 and j - 1 (at stride 16: j - 1 and
+        # j), as the mean of the four neighbours. Without it labels meet the embeddings of neighbours, and nothing fails.
+        for dim in (2, 3) if step > 1 else ():
+            z = (_neighbour(z, dim, 1 - step // 2) + _neighbour(z, dim, -(step // 2))) / 2
         return low, z, attention_pool(v.attnpool, feat[..., ::step, ::step])
 
     def _forward_vit(self, image):
@@ -273,13 +248,10 @@ class DenseCLIP(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # (B, hw, C)
         x = torch.cat([v.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
         x = v.ln_pre(x + _resize_position(v.positional_embedding, h, w)).transpose(0, 1)  # (1 + hw, B, C), as CLIP has it
-        blocks = v.transformer.resblocks
-        for block in blocks[:len(blocks) // 2]:
-            x = block(x)
-        low = x[1:].permute(1, 2, 0).unflatten(2, (h, w))
-        for block in blocks[len(blocks) // 2:]:
-            x = block(x)
-        x = v.ln_post(x.transpose(0, 1)) @ v.proj  # (B, 1 + hw, D)
+        half = len(v.transformer.resblocks) // 2
+        x = v.transformer.resblocks[:half](x)
+        low = x[1:].permute(1, 2, 0).unflatten(2, (h, w))  # our reading: no finer map, so an earlier one
+        x = v.ln_post(v.transformer.resblocks[half:](x).transpose(0, 1)) @ v.proj  # (B, 1 + hw, D)
         return low, x[:, 1:].transpose(1, 2).unflatten(2, (h, w)), x[:, 0]
 
 
@@ -292,31 +264,26 @@ def attention_pool(pool, feat):
     tokens = feat.flatten(2).transpose(1, 2)  # (B, hw, C)
     tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
     tokens = tokens + _resize_position(pool.positional_embedding, *feat.shape[2:]).to(tokens.dtype)
-
-    def heads(x):
-        return x.unflatten(2, (pool.num_heads, -1)).transpose(1, 2)  # (B, heads, tokens, C / heads)
-
-    query, key, value = heads(pool.q_proj(tokens[:, :1])), heads(pool.k_proj(tokens)), heads(pool.v_proj(tokens))
+    qkv = pool.q_proj(tokens[:, :1]), pool.k_proj(tokens), pool.v_proj(tokens)
+    query, key, value = (x.unflatten(2, (pool.num_heads, -1)).transpose(1, 2) for x in qkv)  # (B, heads, tokens, C / heads)
     answer = F.scaled_dot_product_attention(query, key, value)  # (B, heads, 1, C / heads)
     return pool.c_proj(answer.transpose(1, 2).flatten(2)).squeeze(1)
 
 
 # ------------------------------------------------------------------------------------------------ the whole network
-
-
 class SegmentationNet(nn.Module):
-    """Dense CLIP and a light decoder: image (B, 3, H, W) -> Dense(logits, emb, pooled). The same for every method.
+    """Dense CLIP and a light decoder: image (B, 3, H, W) -> Dense(logits, emb, pooled). The same for every method."""
 
-    # our reading: the abstract says nothing about the head. Ours is two-branched as in DeepLabv3+: the embedding knows
-    what, the early map knows where the edges are. Group normalisation, because it has no statistics to carry from the
-    source to a target; no dropout, because a step is to be a function of (seed, step) alone.
-    """
-
-    def __init__(self, visual, num_classes=19, stride=16, width=128):
+    def __init__(self, visual, num_classes=19, stride=16, width=None):
         super().__init__()
-        self.arch = dict(visual=architecture(visual), num_classes=num_classes, stride=stride, width=width)
         self.encoder = DenseCLIP(visual, stride)
+        if width is None:  # three quarters of the joint width, at most 128, which is what all of OpenAI's CLIPs get
+            width = min(128, 3 * self.encoder.dim // 4 // 8 * 8)
+        self.arch = dict(visual=architecture(visual), num_classes=num_classes, stride=stride, width=width)  # JSON-able
 
+        # our reading: the abstract says nothing about the head. Ours has two branches as in DeepLabv3+: the embedding
+        # knows what, the early map knows where the edges are. Group normalisation, because it has no statistics to
+        # carry from the source to a target; no dropout, because a step is to be a function of (seed, step) alone.
         def block(inputs, outputs, kernel):
             return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False),
                                  nn.GroupNorm(math.gcd(max(1, min(32, outputs // 4)), outputs), outputs), nn.ReLU())
@@ -329,42 +296,38 @@ class SegmentationNet(nn.Module):
     @classmethod
     def from_arch(cls, arch):
         """The network that self.arch describes, with fresh weights: for loading a checkpoint without CLIP's file."""
-        arch = dict(arch)
-        return cls(build_visual(arch.pop("visual")), **arch)
+        visual = dict(arch["visual"])
+        tower = {"vit": VisionTransformer, "resnet": ModifiedResNet}[visual.pop("kind")]
+        return cls(**{**arch, "visual": tower(**visual)})
 
     def forward(self, image):
         low, z, pooled = self.encoder(image)
         with torch.autocast(image.device.type, enabled=False):  # a half-precision sum of squares overflows at 65504
             emb = F.normalize(z.float(), dim=1)
             pooled = F.normalize(pooled.float(), dim=1)
-        size = (image.shape[2] // 4, image.shape[3] // 4)
-
-        def resize(x):
-            return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-
         # The decoder reads the *normalised* embedding (times sqrt(D), so that its entries are of order 1): the length
         # of z carries no class, but it does carry contrast and brightness, that is, the domain.
-        x = torch.cat([resize(self.high(emb * emb.shape[1] ** 0.5)), resize(self.low(low))], dim=1)
+        maps = self.high(emb * emb.shape[1] ** 0.5), self.low(low)
+        size = (image.shape[2] // 4, image.shape[3] // 4)
+        x = torch.cat([F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in maps], dim=1)
         return Dense(self.classify(self.fuse(x)), emb, pooled)
 
 
 def _demo():
     """A small random CLIP of each kind: our dense tower gives CLIP's own image embedding, and a map besides."""
     torch.manual_seed(0)
-    for kind, layers, patch in (("ResNet", (1, 1, 1, 1), None), ("ViT", 2, 16)):
-        model = clip.model.CLIP(64, 64, layers, 64 if patch else 16, patch, 16, 100, 64, 1, 1).eval()
-        for name, parameter in model.visual.named_parameters():
+    image = torch.randn(2, 3, 64, 64)
+    for kind, layers, width, patch in (("ResNet", (1, 1, 1, 1), 16, None), ("ViT", 2, 64, 16)):
+        visual = clip.model.CLIP(64, 64, layers, width, patch, 16, 100, 64, 1, 1).eval().visual
+        for name, parameter in visual.named_parameters():
             if name.endswith("bn3.weight"):
                 nn.init.ones_(parameter)  # CLIP starts its residual branches at zero; then there is nothing to compare
-        image = torch.randn(2, 3, 64, 64)
         with torch.no_grad():
-            expected = model.encode_image(image)
-            net = SegmentationNet(model.visual, stride=8).eval()
-            low, z, pooled = net.encoder(image)
-            out = net(image)
+            expected = F.normalize(visual(image), dim=1)
+            out = SegmentationNet(visual, stride=8).eval()(image)
         print(f"{kind:6s}  emb {tuple(out.emb.shape)}  logits {tuple(out.logits.shape)}  "
-              f"largest difference from encode_image {(pooled - expected).abs().max():.1e}")
-        assert torch.allclose(pooled, expected, atol=1e-4)
+              f"largest difference from encode_image {(out.pooled - expected).abs().max():.1e}")
+        assert torch.allclose(out.pooled, expected, atol=1e-4)
 
 
 if __name__ == "__main__":
