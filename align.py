@@ -1,15 +1,12 @@
-"""align.py: pull every pixel towards its class prototype, the goal meant to be easier first.
+"""align.py: pull every pixel towards the prototype of its class, along a path from one goal to another.
 
-Cross-entropy on a classifier's logits only asks that the right class wins on the source. It does not care where
-in CLIP's space the pixels end up, so they drift to wherever the source's accidents put them. Alignment fixes the
-place: the prototypes p_1 .. p_K are points that came from language, and each pixel embedding has to be closer to
-the point of its own class than to any other. If the pixels of an unseen domain end near the same points, they land
-on the same side of the same boundaries; nothing in training forces that (theory.md, Eq. 12: the prototypes are a hub between domains).
+Cross-entropy on a classifier's logits only asks that the right class wins on the source. Where in CLIP's space the
+pixels end up is left to the source's accidents. Alignment fixes the place: the prototypes p_1 .. p_K are points that
+came from language, and each pixel embedding has to be closer to the point of its own class than to any other. Pixels
+of an unseen domain that end near the same points land on the same side of the same boundaries.
 
-Two goals. The Original Text Prototype (OTP) is the same for every image and may be far from
-the pixels of this one; the Visual Text Prototype (VTP) is the OTP after a look at this image, meant to be the easier goal. Asking
-for the far goal at once may mean large, conflicting gradients in the first steps; so the goal moves, from easy to difficult.
-Whether the order matters is a question for the table of results (`results/toy.md`), not for this sentence.
+There are two goals. The Original Text Prototype (OTP) is the same for every image. The Visual Text Prototype (VTP) is
+the OTP after a look at this image. The goal moves from the VTP to the OTP while training goes on.
 
     Eq. 3   L(Q; w) = sum_i w_i CE(<z_i, Q> / tau, y_i) / sum_i w_i             over the labelled pixels i
     Eq. 4   L_align = (1 - lambda) L(VTP) + lambda L(OTP),   lambda(step / steps) from 0 to 1 without a jump
@@ -17,13 +14,12 @@ Whether the order matters is a question for the table of results (`results/toy.m
 z_i is emb at pixel i divided by its length, Q are the prototypes, <z_i, Q> its K cosines, y_i its label, w_i its weight.
 
 Shapes
-    emb         (B, D, h, w)          dense embedding of each pixel; its length does not matter, its direction does
-    label       (B, h, w) int64       0 .. K-1, 255 = void; on the grid of emb: resize a finer one to the nearest, never mix ids
+    emb         (B, D, h, w)          dense embedding of each pixel; only its direction matters
+    label       (B, h, w) int64       0 .. K-1, 255 = void; on the grid of emb: resize a finer one to the nearest id
     prototypes  (K, D) or (B, K, D)   unit rows; one set for all images (OTP), or one per image (VTP)
     weight      (B, h, w)             learning weights from reweight.py, no gradient
-    cosine_similarity_map returns (B, K, h, w), cosines in [-1, 1]
 
-Not here: how prototypes are made (prototypes.py), where weights come from (reweight.py).
+Not here: how prototypes are made (prototypes.py), where weights come from (reweight.py), the whole loss (ppar.py).
 This file needs torch alone. Run `python align.py` for a demonstration in seconds.
 """
 
@@ -50,28 +46,36 @@ def cosine_similarity_map(emb, prototypes):
         return dot.unflatten(2, emb.shape[2:]) / length.clamp_min(1e-8)
 
 
-def alignment_loss(emb, label, prototypes, tau, weight=None):
-    """Eq. 3: weighted cross-entropy of the cosine over the prototypes, averaged over labelled pixels; a scalar >= 0.
+def alignment_map(emb, label, prototypes, tau):
+    """Eq. 3 before its mean: the cross-entropy of every pixel's cosines over the prototypes, (B, h, w) >= 0, 0 on void.
 
+    # our reading: the abstract says "alignment" and gives no loss. Cross-entropy pulls a pixel towards its own
+    prototype and away from the others, as CLIP's own training did with images and texts.
     tau > 0 divides the cosine: at tau = 1 the K cosines lie in [-1, 1] and the softmax can never become certain;
-    CLIP's own training ended at 0.01. weight None means 1 everywhere. If no pixel is labelled, or all weights are
-    zero, the loss is exactly 0 and so is its gradient: a mean over nothing would be 0 / 0, and one all-void
-    crop would poison the run.
+    CLIP's own training ended at 0.01.
     """
     if tau <= 0:
         raise ValueError(f"tau must be positive, not {tau}: it divides the cosine")
     logits = cosine_similarity_map(emb, prototypes) / tau
-    loss = F.cross_entropy(logits, label, ignore_index=VOID, reduction="none")  # (B, h, w), 0 on void
+    return F.cross_entropy(logits, label, ignore_index=VOID, reduction="none")
+
+
+def alignment_loss(emb, label, prototypes, tau, weight=None):
+    """Eq. 3: the weighted mean of alignment_map over the labelled pixels; a scalar >= 0. weight None means 1 everywhere.
+
+    If no pixel is labelled, or all weights are zero, the loss is exactly 0 and so is its gradient: a mean over nothing
+    would be 0 / 0, and one all-void crop would poison the run.
+    """
+    loss = alignment_map(emb, label, prototypes, tau)
     weight = (label != VOID).to(loss.dtype) * (1.0 if weight is None else weight.detach())
     return (weight * loss).sum() / weight.sum().clamp_min(1e-8)
 
 
 def progress(step, steps, start, end):
-    """Eq. 4: how far the goal has moved from VTP to OTP, a float in [0, 1].
+    """The ramp, a float in [0, 1]: 0 until the fraction `start` of the run, 1 from the fraction `end` on.
 
-    0 until the fraction `start` of the run, 1 from the fraction `end` on, half a cosine between: no jump in the
-    loss, and none in its slope, for the optimiser's momentum to trip over. It depends on step / steps alone, so a
-    resumed run sees the schedule of the uninterrupted one.
+    # our reading: half a cosine between them. It has no jump and no kink for the optimiser's momentum to trip over,
+    and it depends on step / steps alone, so a resumed run sees the schedule of the uninterrupted one.
     """
     if not 0 <= start < end:
         raise ValueError(f"progress needs 0 <= start < end, not start {start}, end {end}")
@@ -79,50 +83,48 @@ def progress(step, steps, start, end):
     return 0.5 * (1 - math.cos(math.pi * min(max(x, 0.0), 1.0)))
 
 
-def progressive_alignment_loss(emb, label, otp, vtp, lam, tau, weight=None):
-    """Eq. 4: (1 - lam) L(VTP) + lam L(OTP), lam in [0, 1]. A goal whose factor is 0 is not computed (and may be None)."""
-    loss = emb.new_zeros((), dtype=torch.float32)
-    if lam < 1:
-        loss = loss + (1 - lam) * alignment_loss(emb, label, vtp, tau, weight)
-    if lam > 0:
-        loss = loss + lam * alignment_loss(emb, label, otp, tau, weight)
-    return loss
-
-
-# The schedules as functions of the ramp r = progress(...). Each returns lambda, the share of the far goal;
-# "none" has no entry, because the term is then not computed at all.
+# our reading: "easy to difficult" is read as VTP first, OTP last, for all pixels together. The other schedules are its
+# controls. Each maps the ramp r = progress(...) to lambda, the share of the OTP in Eq. 4.
 SCHEDULES = {
-    "progressive": lambda r: r,  # easy to difficult: what the abstract proposes
-    "reversed": lambda r: 1 - r,  # difficult to easy: the control that tells order from mixture
-    "otp": lambda r: 1.0,  # the far goal from the first step
-    "vtp": lambda r: 0.0,  # the near goal to the last step
-    "both": lambda r: 0.5,  # both at once: a mixture without an order
+    "progressive": lambda r: r,  # from VTP to OTP
+    "reversed": lambda r: 1 - r,  # from OTP to VTP: tells an order from a mixture
+    "otp": lambda r: 1.0,  # the OTP from the first step
+    "vtp": lambda r: 0.0,  # the VTP to the last step
+    "both": lambda r: 0.5,  # a mixture without an order
 }
 
 
+def progressive_alignment_map(emb, label, otp, vtp, lam, tau):
+    """Eq. 4 before its mean: (1 - lam) map(VTP) + lam map(OTP), (B, h, w), lam in [0, 1].
+
+    A goal whose share is 0 is not computed, and may be None.
+    """
+    if lam == 0:
+        return alignment_map(emb, label, vtp, tau)
+    if lam == 1:
+        return alignment_map(emb, label, otp, tau)
+    return (1 - lam) * alignment_map(emb, label, vtp, tau) + lam * alignment_map(emb, label, otp, tau)
+
+
 def _demo():
-    """A cloud of pixels walks to a far prototype by way of a near one; prints the distance to both."""
+    """Pixels walk to one set of prototypes, then to the other; prints the loss to both."""
     torch.manual_seed(0)
     otp = F.normalize(torch.randn(3, 8), dim=1)
+    vtp = F.normalize(otp + 0.5 * torch.randn(1, 3, 8), dim=-1)  # another set of points, for this one image
     label = torch.randint(0, 3, (1, 6, 6))
     emb = F.normalize(torch.randn(1, 8, 6, 6), dim=1).requires_grad_()
     optimizer = torch.optim.SGD([emb], lr=2.0)
-    first = None
+    rows = []
     for step in range(101):
-        with torch.no_grad():  # a stand-in for prototypes.py: half way between the text and the class mean of this image
-            means = torch.stack([emb[0, :, (label[0] == c)].mean(1) for c in range(3)])
-            vtp = F.normalize(otp + F.normalize(means, dim=1), dim=1)[None]
         lam = progress(step, 100, 0.2, 0.8)
-        loss = progressive_alignment_loss(emb, label, otp, vtp, lam, tau=0.1)
-        far, near = alignment_loss(emb, label, otp, 0.1).item(), alignment_loss(emb, label, vtp, 0.1).item()
-        first = first or (near, far)
+        rows.append([alignment_loss(emb, label, goal, tau=0.1).item() for goal in (vtp, otp)])
         if step % 25 == 0:
-            print(f"step {step:3d}   lambda {lam:.2f}   loss to VTP {near:.3f}   loss to OTP {far:.3f}")
+            print(f"step {step:3d}   lambda {lam:.2f}   loss to VTP {rows[-1][0]:.3f}   loss to OTP {rows[-1][1]:.3f}")
         optimizer.zero_grad()
-        loss.backward()
+        progressive_alignment_map(emb, label, otp, vtp, lam, tau=0.1).mean().backward()
         optimizer.step()
-    assert first[0] < first[1], "the near goal must start nearer"
-    assert far < 0.1 * first[1], "the walk must end at the far goal"
+    assert rows[25][0] < rows[25][1], "the walk goes to the VTP first"
+    assert rows[-1][1] < rows[25][1] < rows[0][1], "and ends at the OTP"
 
 
 if __name__ == "__main__":

@@ -61,15 +61,28 @@ BLUR = (0.5, 0.15, 1.3)  # probability, least and largest sigma in pixels
 PATIENCE = 10            # bad pairs in a row that training survives
 
 
-class DataError(ValueError):
+class UserError(ValueError):
     """Something is wrong with the user's files or flags. The message is one sentence: what, where, and the remedy."""
 
 
-class SplitMissing(DataError):
+class SplitMissing(UserError):
     """The split is not on disk at all, which is no fault of a data set that is only wanted for its other one."""
 
 
 # --------------------------------------------------------------------------------------------- ids: from theirs to ours
+
+
+def colours(ids):
+    """Train ids (..., ) -> (..., 3) uint8, as Cityscapes draws them; void is black."""
+    palette = np.zeros((256, 3), np.uint8)
+    palette[:len(COLORS)] = COLORS
+    return palette[ids]
+
+
+def evenly(items, number):
+    """So many items, evenly spaced: neighbours in a list are often frames of one drive."""
+    number = min(number, len(items))
+    return [items[k * len(items) // number] for k in range(number)]
 
 
 def _table(known, ids):
@@ -102,18 +115,18 @@ TABLES = {
 
 def _id_table(table, mapillary):
     if mapillary not in ("A", "B"):
-        raise DataError(f"there is no Mapillary convention {mapillary!r}: choose A or B.")
+        raise UserError(f"there is no Mapillary convention {mapillary!r}: choose A or B.")
     return TABLES[f"mapillary-{mapillary}" if table == "mapillary" else table]
 
 
 def train_ids(raw_label, dataset, mapillary="A"):
-    """Ids as the data set stores them, any integer type -> uint8 train ids. An id outside the table is a DataError."""
+    """Ids as the data set stores them, any integer type -> uint8 train ids. An id outside the table is a UserError."""
     raw, table = np.asarray(raw_label), _spec(dataset).table
     if raw.dtype != np.uint8:
         if table in ("gta5", "cityscapes"):
             raw = np.where(raw == -1, 0, raw)  # license plate; like 0 (unlabeled) it is void
         if raw.dtype.kind not in "iu" or raw.size and (raw.min() < 0 or raw.max() > 255):
-            raise DataError(f"label ids of {dataset} are integers from 0 to 255; these ({raw.dtype}) are not.")
+            raise UserError(f"label ids of {dataset} are integers from 0 to 255; these ({raw.dtype}) are not.")
         raw = raw.astype(np.uint8)
     return _look_up(raw, table, mapillary)
 
@@ -123,7 +136,7 @@ def _look_up(raw, table, mapillary="A"):
     if (label == UNKNOWN).any():
         ids = np.unique(raw[label == UNKNOWN]).tolist()
         listed = ", ".join(map(str, ids[:8])) + " ..." * (len(ids) > 8)
-        raise DataError(f"ids {listed} are not in the table `{table}`: use the official label files (ids, and neither "
+        raise UserError(f"ids {listed} are not in the table `{table}`: use the official label files (ids, and neither "
                         "colours nor another kind of ids).")
     return label
 
@@ -190,7 +203,7 @@ def list_items(name, root, split, holdout=0, harmful=0.0):
     """
     items, problems = _list(name, root, split, holdout, harmful)
     if problems:
-        raise DataError(problems[0] + f" (And {len(problems) - 1} more: --check lists them.)" * (len(problems) > 1))
+        raise UserError(problems[0] + f" (And {len(problems) - 1} more: --check lists them.)" * (len(problems) > 1))
     return items
 
 
@@ -198,14 +211,14 @@ def _list(name, root, split, holdout=0, harmful=0.0):
     """list_items with its problems (images without label) as a list, for --check, which wants to know them all."""
     spec = _spec(name)
     if split not in ("train", "val"):
-        raise DataError(f"there is no split {split!r}: choose train or val.")
+        raise UserError(f"there is no split {split!r}: choose train or val.")
     if not spec.layouts:
         return [Item(name, f"{name}/{split}/{i}", "", "train", harmful if split == "train" else 0.0)
                 for i in range(TOY_SCENES[split])], []
     if harmful > 0:
-        raise DataError(f"{name}: harmful scenes (--harmful {harmful}) can only be drawn: use a toy-* source, or 0.")
+        raise UserError(f"{name}: harmful scenes (--harmful {harmful}) can only be drawn: use a toy-* source, or 0.")
     if not os.path.isdir(root):
-        raise DataError(f"the data root {root} is not a folder: give the one that holds {spec.folder}/ as --data-root.")
+        raise UserError(f"the data root {root} is not a folder: give the one that holds {spec.folder}/ as --data-root.")
     withhold = spec.undivided and (holdout or split == "val") and not _pairs(name, root, "val")
     disk_split = "train" if withhold else split
     items, problems = _pairs(name, root, disk_split) or _missing(name, root, disk_split)
@@ -216,13 +229,13 @@ def _list(name, root, split, holdout=0, harmful=0.0):
     held = {int((i + 0.5) * len(items) / holdout) for i in range(holdout)}
     chosen = [item for i, item in enumerate(items) if (i in held) == (split == "val")]
     if not chosen:
-        raise DataError(f"{name}: --holdout {holdout} of {len(items)} pairs leaves no {split} split: change it.")
+        raise UserError(f"{name}: --holdout {holdout} of {len(items)} pairs leaves no {split} split: change it.")
     return chosen, problems
 
 
 def _spec(name):
     if name not in DATASETS:
-        raise DataError(f"there is no data set {name!r}: choose from {', '.join(DATASETS)}.")
+        raise UserError(f"there is no data set {name!r}: choose from {', '.join(DATASETS)}.")
     return DATASETS[name]
 
 
@@ -267,7 +280,7 @@ def _walk(folder, first, *rest, ends=("png",)):
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
-        raise DataError(f"{folder} cannot be listed ({error.strerror}): see to its permissions or its disk.") from None
+        raise UserError(f"{folder} cannot be listed ({error.strerror}): see to its permissions or its disk.") from None
 
 
 def _fill(pattern, key=()):
@@ -283,7 +296,7 @@ def _missing(name, root, split):
     unlabelled = [labels for images, labels in places if next(_walk(*images, ends=IMAGE_ENDS), None)]
     looked = " or ".join(dict.fromkeys(_fill(pattern) for pattern in unlabelled or [images for images, _ in places]))
     tree = "\n or\n".join(f"  {_fill(images)}\n  {_fill(labels)}" for images, labels in places)
-    what, kind = ("images but no label", DataError) if unlabelled else ("no images", SplitMissing)
+    what, kind = ("images but no label", UserError) if unlabelled else ("no images", SplitMissing)
     raise kind(f"the {split} split of {name} has {what}: looked for {looked}; expected tree:\n{tree}")
 
 
@@ -298,6 +311,13 @@ def load_image(item):
 def load_label(item, mapillary="A"):
     """(H, W) uint8 train ids."""
     return _ids(item, np.asarray(_open_label(item)), mapillary)
+
+
+def load_pair(item, mapillary="A"):
+    """(image (H, W, 3) uint8, label (H, W) uint8 train ids) of one item; other sizes than each other's are refused."""
+    image, label = _open_image(item), _open_label(item)
+    _same_size(item, image, label)
+    return np.array(image), _ids(item, np.asarray(label), mapillary)
 
 
 def to_tensor(image):
@@ -341,7 +361,7 @@ def _open_label(item):
         if item.table == "synthia" and label.mode == "RGB":
             label = label.getchannel("R")
         if label.mode not in ("L", "P"):
-            raise DataError(f"{item.label} is stored as {label.mode} and not as ids in one 8-bit channel: use the "
+            raise UserError(f"{item.label} is stored as {label.mode} and not as ids in one 8-bit channel: use the "
                             f"official label files of {item.dataset}.")
         return label
 
@@ -351,11 +371,11 @@ def _reading(path):
     try:
         with Image.open(path) as image:
             yield image
-    except (DataError, MemoryError):
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # a broken file makes Pillow raise anything from SyntaxError to struct.error
         reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else str(error).rstrip(".")
-        raise DataError(f"{path} cannot be read ({reason}): fetch it again or remove the pair.") from None
+        raise UserError(f"{path} cannot be read ({reason}): fetch it again or remove the pair.") from None
 
 
 def _change_tile(image, raw_mode=None, height=None):
@@ -367,13 +387,13 @@ def _change_tile(image, raw_mode=None, height=None):
 def _ids(item, raw, mapillary="A"):
     try:
         return _look_up(raw, item.table, mapillary)
-    except DataError as error:
-        raise DataError(f"{item.label}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{item.label}: {error}") from None
 
 
 def _same_size(item, image, label):
     if image.size != label.size:
-        raise DataError(f"{item.label} is {label.width}x{label.height} but its image {item.image} is {image.width}x"
+        raise UserError(f"{item.label} is {label.width}x{label.height} but its image {item.image} is {image.width}x"
                         f"{image.height}: fetch the pair again or remove it.")
 
 
@@ -388,7 +408,7 @@ def check_pairs(items, sample=32, mapillary="A"):
 
 
 def _examine(item, mapillary="A"):
-    """Read a pair in full -> ((width, height), how often each raw id occurs (256)). DataError if anything is wrong."""
+    """Read a pair in full -> ((width, height), how often each raw id occurs (256)). UserError if anything is wrong."""
     image, label = _open_image(item), _open_label(item)
     _same_size(item, image, label)
     count = np.array(label.histogram()[:256])
@@ -495,11 +515,11 @@ class TrainingStream:
     def __init__(self, sources, crop, seed, mapillary="A", augment=True):
         import torch
         if not sources or not all(sources):
-            raise DataError("a training stream needs at least one source, and every source at least one pair.")
+            raise UserError("a training stream needs at least one source, and every source at least one pair.")
         self.sources, self.seed, self.mapillary, self.augment = sources, seed, mapillary, augment
         self.crop = (crop, crop) if np.isscalar(crop) else tuple(crop)
         if min(self.crop) < 1 or seed < 0:
-            raise DataError(f"crop {crop} and seed {seed}: the crop has to be at least 1 pixel, the seed at least 0.")
+            raise UserError(f"crop {crop} and seed {seed}: the crop has to be at least 1 pixel, the seed at least 0.")
         _id_table("mapillary", mapillary)  # a wrong convention is refused here and not in hour two
         self._order = {}  # source -> (epoch, its permutation), only to save time
         self._named = torch.zeros(len(self), dtype=torch.uint8).share_memory_()  # by all workers: one warning per file
@@ -526,13 +546,13 @@ class TrainingStream:
             try:
                 image, label = training_view(item, self.crop, rng, self.mapillary, self.augment)
                 return to_tensor(image), torch.from_numpy(label.astype(np.int64))
-            except DataError as problem:
+            except UserError as problem:
                 number = sum(map(len, self.sources[:source])) + index
                 if not self._named[number]:
                     self._named[number] = 1
                     warnings.warn(f"left out in training, another pair takes its place: {problem}", stacklevel=2)
                 last = problem
-        raise DataError(f"{PATIENCE} training pairs in a row are bad (is the disk still there?), the last one: {last}")
+        raise UserError(f"{PATIENCE} training pairs in a row are bad (is the disk still there?), the last one: {last}")
 
 
 # ----------------------------------------------------------------------------------------------- python data.py --check
@@ -550,7 +570,7 @@ def check(names, root, mapillary="A", mosaic=None, workers=None):
             except SplitMissing as error:
                 absent.append(str(error))
                 continue
-            except DataError as error:  # a wrong data root, say, is one problem and not one per split
+            except UserError as error:  # a wrong data root, say, is one problem and not one per split
                 items, found = [], [str(error)] if str(error) not in problems else []
             sizes, count, bad = _scan(items, f"{name} {split}", workers)
             _print_report(name, split, items, sizes, count, mapillary)
@@ -589,7 +609,7 @@ def _scan(items, title, workers):
 def _try_examine(item):
     try:
         return _examine(item)
-    except DataError as error:
+    except UserError as error:
         return str(error)
 
 
@@ -617,7 +637,7 @@ def _save_mosaic(rows, path, mapillary, columns=6, height=160):
         for item in items[step // 2::step][:columns]:
             try:
                 _examine(item)
-            except DataError:
+            except UserError:
                 continue  # named in the report
             image, label = load_image(item), load_label(item, mapillary)
             image = np.where((label == VOID)[..., None], image, image // 2 + colors[label] // 2)
@@ -628,7 +648,7 @@ def _save_mosaic(rows, path, mapillary, columns=6, height=160):
     try:
         picture.save(path)
     except (OSError, ValueError) as error:
-        raise DataError(f"the mosaic {path} cannot be written ({error}): name a .png in an existing folder.") from None
+        raise UserError(f"the mosaic {path} cannot be written ({error}): name a .png in an existing folder.") from None
 
 
 def _demo():
@@ -676,7 +696,7 @@ def main():
         parser.error("--workers has to be at least 1")
     try:
         sys.exit(1 if check(given.check, given.data_root, given.mapillary, given.mosaic, given.workers) else 0)
-    except DataError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
 
 

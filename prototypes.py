@@ -1,11 +1,10 @@
 """prototypes.py: two prototypes for every class, the one that language gives and the one that the image suggests.
 
-A prototype is a point of CLIP's joint space that stands for a class. Earlier work takes the mean of the source's pixels:
-such a point knows the source's asphalt and the source's sky, and that is what over-fits. CLIP offers points that have
-seen no pixel of any domain, the embeddings of the class names. They are the same for every domain, which makes them a
-meeting place; but text and pixels live in different regions of the joint space, so they are far from both. A second
-prototype, text that has looked at the image, is meant to be the easier goal for the pixels of that image. Nothing forces
-it to be nearer in distance: it starts at the first one, and a cross-entropy moves it (theory.md, sections 6 and 12).
+A prototype is a point of CLIP's joint space that stands for a class. The mean of the source's pixels is one: it knows
+the source's asphalt and the source's sky, and that is what over-fits. CLIP offers points that have seen no pixel of
+any domain, the embeddings of the class names. They are the same for every domain, which makes them a meeting place;
+but text and pixels live in different regions of the joint space. A second prototype for each class is the text after a
+look at the image.
 
     Eq. 1   OTP   t_cj = E_text(template_j(name_c)),   p^O_c = norm(mean_j norm(t_cj))                     frozen
     Eq. 2   VTP   p^V_bc = norm(p^O_c + gamma * Dec(query = p^O_c ; memory = [pooled_b, emb_b]))           learned
@@ -59,23 +58,20 @@ def original_text_prototypes(clip_model, class_names, templates=TEMPLATES):
 
 
 def random_prototypes(num_classes, dim, seed=0):
-    """A control: K random directions (K, D), unit rows, nearly orthogonal where text's are crowded together.
-
-    If aligning to these helps as much as aligning to the OTP, then it was the fixed targets that helped, and not language.
-    """
+    """A control: K random directions (K, D), unit rows. They tell what fixed goals are worth without language."""
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(num_classes, dim, generator=generator), dim=1)
 
 
 def shuffled_prototypes(otp, seed=0):
-    """A sharper control: the same K points (K, D), each with the name of another class. Language's geometry without its sense."""
+    """A control: the same K points (K, D), each under another class's name: language's geometry without its sense."""
     order = torch.randperm(len(otp), generator=torch.Generator().manual_seed(seed))
     return otp[order.roll(1)][order.argsort()]  # one cycle through all classes: no class keeps its own row
 
 
 @torch.no_grad()
 def source_mean_prototypes(batches, fallback):
-    """What the abstract argues against: the mean embedding of each class's source pixels, (K, D), unit rows.
+    """A control, which the abstract argues against: the mean embedding of each class's source pixels, (K, D), unit rows.
 
     batches   yields (emb (B, D, h, w), label (B, h, w) with 255 void) of source images
     fallback  (K, D), the row of a class that has no pixel in any batch; the answer is on its device
@@ -85,8 +81,8 @@ def source_mean_prototypes(batches, fallback):
     for emb, label in batches:
         valid = label != VOID
         total.index_add_(0, label[valid].cpu(), emb.permute(0, 2, 3, 1)[valid].double().cpu())
-    seen = total.norm(dim=1, keepdim=True) > 0
-    return torch.where(seen, F.normalize(total, dim=1).float(), fallback.cpu()).to(fallback.device)
+    found = total.norm(dim=1, keepdim=True) > 0
+    return torch.where(found, F.normalize(total, dim=1).float(), fallback.cpu()).to(fallback.device)
 
 
 class VisualTextPrototypes(nn.Module):
@@ -120,12 +116,12 @@ class VisualTextPrototypes(nn.Module):
 
 
 def _demo():
-    """The VTP can stand nearer to the pixels than the OTP: trained on the distance itself, where the method trains Eq. 3."""
+    """The VTP learns from Eq. 3 what two images show; prints its loss, and how far pixels are from both prototypes."""
     torch.manual_seed(0)
     otp = random_prototypes(4, 16)
     shift = F.normalize(torch.randn(16), dim=0)  # text and pixels live apart, as in CLIP
     label = torch.randint(0, 4, (2, 8, 8))
-    emb = F.normalize(otp[label] + shift + 0.1 * torch.randn(2, 8, 8, 16), dim=-1).permute(0, 3, 1, 2)
+    emb = F.normalize(otp[label] + shift + 0.3 * torch.randn(2, 8, 8, 16), dim=-1).permute(0, 3, 1, 2)
     model = VisualTextPrototypes(16, width=32, heads=4, layers=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
@@ -133,15 +129,17 @@ def _demo():
         own = torch.stack([p[y] for p, y in zip(prototypes, label)])  # (B, h, w, D)
         return (emb.permute(0, 2, 3, 1) - own).norm(dim=-1).mean()
 
-    far = radius(otp.expand(2, -1, -1))
+    losses = []
     for step in range(61):
-        near = radius(model(otp, emb, F.normalize(emb.mean((2, 3)), dim=1)))
+        vtp = model(otp, emb, F.normalize(emb.mean((2, 3)), dim=1))
+        losses.append(F.cross_entropy(torch.einsum("bdhw,bkd->bkhw", emb, vtp) / 0.1, label))
         if step % 20 == 0:
-            print(f"step {step:2d}   mean distance to OTP {far:.3f}, to VTP {near:.3f}")
+            print(f"step {step:2d}   loss to VTP {losses[-1]:.3f}   mean distance to OTP {radius(otp.expand(2, -1, -1)):.3f}, "
+                  f"to VTP {radius(vtp):.3f}")
         optimizer.zero_grad()
-        near.backward()
+        losses[-1].backward()
         optimizer.step()
-    assert near < 0.8 * far
+    assert losses[-1] < 0.8 * losses[0]
 
 
 if __name__ == "__main__":

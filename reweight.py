@@ -1,28 +1,28 @@
-"""reweight.py: trust a source pixel by how far it agrees with the prototypes.
+"""reweight.py: trust a source pixel by how far its label agrees with the prototypes.
 
 Not every source pixel teaches something that holds elsewhere. Some are labelled wrongly, some show what occurs in the
 source alone, and fitting them hard is negative transfer. The prototypes are a second opinion that did not come from
 the source labels: where pixel, label and language agree, the pixel is worth learning from; where they do not, it
-gets a smaller learning weight. No pixel is thrown away, and no class loses its say.
+gets a smaller learning weight.
 
-    Eq. 5   omega_i = softmax_c(<z_i, p_c> / tau_w)[y_i]                                 reliability, in [0, 1]
+    Eq. 5   omega_i = softmax_c(<z_i, p_c> / tau)[y_i]                                   reliability, in [0, 1]
     Eq. 6   u_i = max(1 + ramp * (omega_i / mean(omega) - 1), w_min),   w_i = u_i / mean(u)
 
-z_i is emb at pixel i divided by its length, y_i its label, p the OTP or the VTP (train.py takes the mean of both omegas).
+z_i is emb at pixel i divided by its length, y_i its label, p the OTP or the VTP (ppar.py takes the mean of both omegas).
 
 Both means of Eq. 6 are over the labelled pixels of the same class. A rare class is always hard, so its omega is
 always small: with one mean for the whole batch its pixels get small weights, are learnt less, get smaller weights
-still, and the class starves. Per class, the weights only move learning between pixels of one class: the share of
-the class in the loss stays what it was (theory.md, Eq. 21, says what that protects).
+still, and the class starves. Per class, weights move learning between the pixels of one class, and the share of the
+class in the loss stays what it was (theory.md, Eq. 21).
 
 Shapes
     emb         (B, D, h, w)          dense embedding; only its direction matters
     label       (B, H, W) int64       0 .. K-1, 255 = void; on the feature grid (H = h, W = w), or finer
     prototypes  (K, D) or (B, K, D)   unit rows
-    rel         (B, H, W)             omega, 0 on void
+    omega       (B, H, W)             in [0, 1], 0 on void
     weight      (B, H, W)             w, mean 1 over the labelled pixels (of each class), 0 on void, no gradient
 
-Not here: what is weighted with it (train.py, Eq. 7), and how well omega finds wrong labels (figures.py, AUROC).
+Not here: what is weighted with it (ppar.py, Eq. 7), and how well omega finds wrong labels (figures.py, AUROC).
 This file needs torch alone. Run `python reweight.py` for a demonstration in seconds.
 """
 
@@ -36,6 +36,7 @@ VOID = 255  # the train id of pixels without a class: in no loss and in no mean
 def reliability(emb, label, prototypes, tau):
     """Eq. 5: the probability that the prototypes give to the label of each pixel, (B, H, W) in [0, 1], 0 on void.
 
+    # our reading: the abstract says that reliability is estimated, and not how.
     label may be finer than the feature grid by whole factors or not: each pixel asks the grid cell that it lies in
     about its own label. So a thin pole is judged as a pole although the centre of its cell may be labelled building,
     and no (B, K, H, W) tensor is ever made: one gather, whatever the number of classes.
@@ -57,33 +58,34 @@ def reliability(emb, label, prototypes, tau):
 
 
 @torch.no_grad()
-def image_reliability(rel, label, reduce=None):
+def image_reliability(omega, label, reduce=None):
     """The image-level form of Eq. 5: every pixel gets the mean reliability of its image; (B, H, W) -> (B, H, W).
 
     # our reading: the abstract says "source data", which may mean images or pixels; pixels are the default.
     Each pixel is first divided by its class's mean, or an image of easy classes would count as a reliable image.
     """
     valid = label != VOID
-    relative = rel / _class_mean(rel, label, reduce).clamp_min(1e-12)
+    relative = omega / _class_mean(omega, label, reduce).clamp_min(1e-12)
     mean = (relative * valid).sum((1, 2)) / valid.sum((1, 2)).clamp_min(1)
     return mean[:, None, None] * valid
 
 
 @torch.no_grad()
-def learning_weights(rel, label, ramp, w_min, per_class=True, reduce=None):
+def learning_weights(omega, label, ramp, w_min=0.1, per_class=True, reduce=None):
     """Eq. 6: learning weights (B, H, W), mean 1 over the labelled pixels of each class, 0 on void, no gradient.
 
-    rel       (B, H, W) reliabilities >= 0
+    # our reading: proportional to omega, with a floor, and means within each class.
+    omega       (B, H, W) reliabilities >= 0
     ramp      in [0, 1]: 0 leaves every weight at 1 (a network that has learnt nothing has no opinion worth trusting)
     w_min     in [0, 1): the least weight before the last division; above 0, no pixel is ever ignored for good
-    per_class means within each class (True), or one over all labelled pixels (False: the collapse told above)
+    per_class means within each class (True), or one over all labelled pixels (False: the starving told above)
     reduce    sums a tensor over all processes of a distributed run; None for a single one
     """
     if not 0 <= ramp <= 1 or not 0 <= w_min < 1:
         raise ValueError(f"ramp must lie in [0, 1] and w_min in [0, 1), not {ramp} and {w_min}")
     valid = label != VOID
     group = label if per_class else label.where(~valid, torch.zeros_like(label))
-    weight = 1 + ramp * (rel / _class_mean(rel, group, reduce).clamp_min(1e-12) - 1)
+    weight = 1 + ramp * (omega / _class_mean(omega, group, reduce).clamp_min(1e-12) - 1)
     weight = weight.clamp_min(w_min)
     mean = _class_mean(weight, group, reduce)
     # A class whose pixels all got weight 0 (all omega 0, ramp 1, w_min 0) has no order to go by: back to weight 1.
@@ -116,17 +118,17 @@ def _demo():
     emb = prototypes[truth].permute(0, 3, 1, 2) + spread[:, None] * torch.randn(4, 2, 32, 32)
     wrong = torch.rand(truth.shape) < 0.1
     label = truth.where(~wrong, 1 - truth)
-    rel = reliability(emb, label, prototypes, tau=0.3)
-    print(f"mean reliability: right labels {rel[~wrong].mean():.2f}, wrong labels {rel[wrong].mean():.2f}")
+    omega = reliability(emb, label, prototypes, tau=0.3)
+    print(f"mean reliability: right labels {omega[~wrong].mean():.2f}, wrong labels {omega[wrong].mean():.2f}")
     share = {}
     for per_class in (True, False):
-        weight = learning_weights(rel, label, ramp=1.0, w_min=0.1, per_class=per_class)
+        weight = learning_weights(omega, label, ramp=1.0, w_min=0.1, per_class=per_class)
         share[per_class] = (weight[label == 1].sum() / weight.sum()).item()
         print(f"mean 1 per {'class' if per_class else 'batch'}: weight of wrong labels {weight[wrong].mean():.2f}, "
               f"share of the rare class in the loss {share[per_class]:.3f}")
     before = (label == 1).float().mean().item()
     print(f"share of the rare class among the labels {before:.3f}")
-    assert rel[~wrong].mean() > rel[wrong].mean() and abs(share[True] - before) < 1e-4 and share[False] < before
+    assert omega[~wrong].mean() > omega[wrong].mean() and abs(share[True] - before) < 1e-4 and share[False] < before
 
 
 if __name__ == "__main__":

@@ -1,0 +1,344 @@
+"""checkpoint.py: what a run leaves on disk, and how it comes back: atomic, strict, exact.
+
+A run is a folder. A crash, a full disk or a kill at any moment must leave it usable, and a file that this project did
+not write must be refused before any of it runs.
+
+    last.pt       model, vtp, otp, arch, config, optimizer, step     written whole or not at all, read with weights_only
+    run.json      command, flags, versions, commit, machine; one more entry for every resumption
+    log.jsonl     one JSON object per logged step; after a resume, only rows up to the checkpoint's step stay
+
+    save     write beside the file, flush to the disk, rename: whoever looks sees the old file or the new one
+    load     compare check sums, unpickle weights alone, rebuild the network from `arch`, load every tensor strictly
+
+The front doors of a finished run (evaluate.py, figures.py, bound.py) share what stands at the end: their flags, the
+device, and the one sentence that ends a mistake of the user.
+
+Not here: when a run is saved (train.py), results.json (evaluate.py). torch is imported inside the functions, so that
+`--help` answers at once. Run `python checkpoint.py` for a demonstration in seconds.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from data import UserError
+
+
+class Run(NamedTuple):
+    """A trained run: the PPAR module, its flags as a namespace, the step that it is at, its folder."""
+
+    ppar: Any
+    config: SimpleNamespace
+    step: int
+    path: Path
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def write_atomically(path, write):
+    """write(binary file), so that `path` is at every moment either the old file or the new one, whole."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # the data must be on the disk before the name is
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        while error.__context__ is not None:  # torch reports a full disk as a position in its own source; the
+            error = error.__context__  # system's reason lies below it
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise UserError(f"{path} could not be written ({' '.join(str(error).split())[:200]}): the file before it is untouched; "
+                        f"make room and try again, a training run with --resume {os.path.dirname(path)}.") from None
+
+
+def write_json(path, content):
+    """A JSON file, whole or not at all. NaN is no JSON and is refused."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def open_folder(config, step=None):
+    """Make the folder of a new run and its run.json; refuse one that holds another run.
+
+    With the step of a resumption, tell run.json of it, and drop the log rows of steps that will be done again.
+    """
+    told, log = (os.path.join(config.out, name) for name in ("run.json", "log.jsonl"))
+    if step is None:
+        if os.path.exists(os.path.join(config.out, "last.pt")):  # there from step 0 on
+            raise UserError(f"--out {config.out} holds another run: give another --out, or go on with that one by "
+                            f"--resume {config.out}.")
+        os.makedirs(config.out, exist_ok=True)
+        write_json(told, describe(config))
+        write_atomically(log, lambda file: None)
+        return
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        run, now = json.loads(Path(told).read_text(encoding="utf-8")), describe(config)
+        parts = ("command", "versions", "commit", "changed_since_commit", "threads")
+        run.setdefault("resumed", []).append(dict(step=step, **{part: now[part] for part in parts}))
+        write_json(told, run)
+    with contextlib.suppress(FileNotFoundError):
+        rows = Path(log).read_text(encoding="utf-8").splitlines(keepends=True)
+        rows = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
+        write_atomically(log, lambda file: file.write("".join(rows).encode()))
+
+
+def describe(config):
+    """What somebody needs to trust or repeat a number: command, flags, versions, commit."""
+    import hashlib
+    from importlib import metadata
+
+    import torch
+
+    from model import TOY_CLIP
+
+    def git(*words):
+        with contextlib.suppress(OSError):  # no git here
+            answer = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), *words],
+                                    capture_output=True, text=True, check=False)
+            return answer.stdout.strip() if answer.returncode == 0 else None
+
+    clip_file = TOY_CLIP if config.clip == "toy" else config.clip
+    digest = None  # of a CLIP by name, clip.load has checked the hash
+    if os.path.isfile(clip_file):
+        with open(clip_file, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    changes = git("status", "--porcelain", "-uno")
+    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "numpy", "pillow", "clip-anytorch")}
+    return dict(command=" ".join(["python", *sys.argv]), config=vars(config), clip_sha256=digest,
+                versions=dict(python=sys.version.split()[0], **versions), commit=git("rev-parse", "HEAD"),
+                changed_since_commit=None if changes is None else bool(changes), threads=torch.get_num_threads())
+
+
+# ----------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def save(ppar, optimizer, config, step, rank=0):
+    """Write last.pt, in the first process alone. Weights that are not finite are refused: the file is always one to go on with."""
+    import torch
+
+    if not all(torch.isfinite(t).all() for t in ppar.state_dict().values() if t.is_floating_point()):
+        raise UserError(f"the weights are not finite after step {step}: the last good checkpoint stays in {config.out}; "
+                        f"lower --lr, or look at the data (python data.py --check).")
+    if rank > 0:
+        return
+    content = dict(model=ppar.net.state_dict(), vtp=ppar.vtp and ppar.vtp.state_dict(), otp=ppar.otp, arch=ppar.net.arch,
+                   optimizer=optimizer.state_dict(), step=step, config=vars(config))
+    write_atomically(os.path.join(config.out, "last.pt"), lambda file: torch.save(content, file))
+
+
+def read(folder):
+    """FOLDER/last.pt as `save` wrote it, a dict on the CPU.
+
+    weights_only: a checkpoint is a pickle, and a pickle may hold code. Here code is refused before any of it runs.
+    The check sums in the file are compared first, which torch.load does not: a flipped bit is a wrong weight.
+    """
+    import zipfile
+
+    import torch
+
+    file = Path(folder) / "last.pt"
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: there is no such run folder; give the one that train.py wrote (--out).")
+    if not file.is_file():
+        raise UserError(f"{folder}: no last.pt in this folder; train.py writes it before its first step.")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if archive.testzip():
+                raise zipfile.BadZipFile
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        missing = {"model", "vtp", "otp", "arch", "config", "optimizer", "step"} - set(state)
+    except Exception as error:
+        raise UserError(f"{file} is no checkpoint that can be read ({type(error).__name__}): it is damaged or "
+                        f"was not written by train.py; nothing in it was executed.") from None
+    if missing:
+        raise UserError(f"{file} was not written by train.py: it has no {', '.join(sorted(missing))}.")
+    return state
+
+
+@contextlib.contextmanager
+def refuse_misfit(folder):
+    """What torch says of a state dict that does not fit, as a sentence."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{folder}/last.pt does not hold the network that it describes "
+                        f"({' '.join(str(error).split())[:200]}).") from None
+
+
+def load_weights(ppar, state, folder):
+    """The weights of a checkpoint into a PPAR of the same shape, strictly."""
+    with refuse_misfit(folder):
+        ppar.net.load_state_dict(state["model"])
+        ppar.otp.copy_(state["otp"])
+        if ppar.vtp is not None:
+            ppar.vtp.load_state_dict(state["vtp"])
+
+
+def load_optimizer(optimizer, state, folder):
+    """A checkpoint's moments into the optimiser, laid out in memory as the weights are here.
+
+    load_state_dict keeps the strides of the machine that saved; the fused kernel reads raw memory and would give each
+    weight another one's moments, without an error, where a run goes on in the other layout (channels_last or not).
+    """
+    import torch
+
+    with refuse_misfit(folder):
+        optimizer.load_state_dict(state["optimizer"])
+        for p, moments in optimizer.state.items():
+            moments.update({key: torch.empty_like(p).copy_(moments[key]) for key in ("exp_avg", "exp_avg_sq")})
+
+
+def load_run(folder, device="cpu"):
+    """A run folder -> Run, frozen and in eval mode, without CLIP's file: all sizes are read off the checkpoint."""
+    import torch
+
+    from model import SegmentationNet
+    from ppar import PPAR
+    from prototypes import VisualTextPrototypes
+
+    state = read(folder)
+    with refuse_misfit(folder):
+        vtp = None
+        if state["vtp"]:
+            width, dim = state["vtp"]["query.weight"].shape
+            layers = 1 + max(int(name.split(".")[2]) for name in state["vtp"] if name.startswith("decoder.layers."))
+            vtp = VisualTextPrototypes(dim, width=width, layers=layers)
+        ppar = PPAR(SegmentationNet.from_arch(state["arch"]), torch.empty_like(state["otp"]), vtp)
+        config, step = SimpleNamespace(**state["config"]), int(state["step"])
+    load_weights(ppar, state, folder)
+    return Run(ppar.eval().requires_grad_(False).to(device), config, step, Path(folder))
+
+
+# ----------------------------------------------------------------------------------------- what all front doors share
+
+
+def run_flags(description):
+    """The parser that the doors of a finished run begin with. None stands for "as the run was configured"."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("run", nargs="?", metavar="RUN", help="folder that train.py wrote; none: a demonstration")
+    parser.add_argument("--targets", nargs="+", metavar="NAME", help="data sets to read (default: those of the run)")
+    parser.add_argument("--data-root", metavar="D", help="folder with one folder per data set")
+    parser.add_argument("--holdout", type=int, default=0, metavar="N",
+                        help="of a target without a split of its own (gta5, synthia), N evenly spaced pairs; never of a source")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    return parser
+
+
+def open_run(args):
+    """What run_flags has parsed -> Run, its flags replaced by those that were given."""
+    if args.run is None:
+        raise UserError("which run? Give the folder that train.py wrote, before the flags.")
+    if args.holdout < 0:
+        raise UserError(f"--holdout {args.holdout} cannot be negative.")
+    run = load_run(args.run, choose_device(args.device))
+    run.config.out, run.config.holdout_unseen = args.run, args.holdout
+    vars(run.config).update({name: getattr(args, name) for name in ("targets", "data_root") if getattr(args, name) is not None})
+    return run
+
+
+def choose_device(name=None):
+    """torch.device of a name, or of the best that is here; UserError if this machine does not have it."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    name = name or ("cuda" if cuda else "cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # one GPU for each process of a machine
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("this project is written for cpu and cuda")
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here ({str(error).split('. ')[0][:120]}): this machine has cpu"
+                        f"{' and cuda' * cuda}.") from None
+    return device
+
+
+def precision(amp, device):
+    """(whether bf16 is used, autocast context). bfloat16 has float32's range: no loss scaling, and no overflow to NaN.
+
+    `auto` asks the processor: one without bf16 arithmetic emulates it, slower than float32.
+    """
+    import torch
+
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+    bf16 = amp == "bf16" or (amp == "auto" and able)
+    return bf16, lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def outlive_signals(worker):
+    """A loader's process leaves the first stop to the loop: schedulers send it to all, and a step needs its batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """SIGTERM and Ctrl-C fill a list instead of killing: the loop finishes its step, saves, and stops.
+
+    A second one means it, if it comes seconds later: a terminal, torchrun and a cluster's scheduler each may hand on one
+    and the same stop.
+    """
+    received = []
+
+    def handle(number, frame):
+        received.append(time.monotonic())
+        if received[-1] - received[0] > 2:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield received
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def one_sentence(folder):
+    """A mistake of the user, or a disk that fails, ends the program in one sentence and exit status 1."""
+    try:
+        yield
+    except UserError as error:
+        # A loader's process wraps its error into its own traceback; the sentence is the end of it.
+        sys.exit(f"error: {str(error).strip().rsplit('UserError: ', 1)[-1]}")
+    except OSError as error:  # a full disk, a folder that may not be written
+        sys.exit(f"error: {error.filename or folder}: {error.strerror or error}; what was written before stays.")
+
+
+def _demo():
+    """A crash in the middle of a write leaves the old file as it was."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "run.json")
+        write_json(path, dict(step=1))
+
+        def crash(file):
+            file.write(b'{"step"')
+            raise OSError("no space left on device")
+
+        try:
+            write_atomically(path, crash)
+        except UserError as error:
+            print(str(error).replace(folder, "RUN"))
+        print("after it:", Path(path).read_text().split(), os.listdir(folder))
+        assert json.loads(Path(path).read_text()) == dict(step=1) and os.listdir(folder) == ["run.json"]
+
+
+if __name__ == "__main__":
+    _demo()
