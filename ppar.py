@@ -151,18 +151,18 @@ def look(ppar, image, label):
 
 
 def _demo():
-    """Two prototypes, four pixels, one of them labelled wrongly: each term of Eq. 7 at the start, half way and at the end."""
+    """Two classes, four pixels, the last one labelled wrongly: each term of Eq. 7 at the start, half way and at the end."""
     otp = torch.eye(2, 4)
-    emb = F.normalize(torch.tensor([[1.0, 0.2, 0, 0], [0.9, 0, 0.4, 0], [0.1, 1, 0, 0.3], [1, 0.1, 0.2, 0]]), dim=1)
+    emb = F.normalize(torch.tensor([[1.0, 0.2, 0, 0], [0.9, 0, 0.4, 0], [0.1, 1, 0, 0.3], [1, 0.1, 0.2, 0]]), dim=1)  # (4, D)
     out = Output(torch.zeros(1, 2, 1, 4), emb.T[None, :, None], F.normalize(otp + 0.3 * emb[[0, 2]], dim=1)[None])
-    label = torch.tensor([[[0, 0, 1, 1]]])  # the last pixel looks like class 0
-    config = SimpleNamespace(steps=10, ramp=(0.0, 1.0), align="progressive", reweight="class", balance=0.0, w_align=1.0, w_vtp=0.2, tau=0.3)
-    for step in (0, 5, 10):
+    label = torch.tensor([[[0, 0, 1, 1]]])
+    config = SimpleNamespace(steps=2, ramp=(0.0, 1.0), align="progressive", reweight="class", balance=0.0,
+                             w_align=1.0, w_vtp=0.2, tau=0.3)
+    for step in (0, 1, 2):
         terms, at = objective(out, otp, label, config, step)
-        weight = learning_weights(out, otp, label, config, at["ramp"])
-        print(f"lambda {at['lam']:.1f}   " + "   ".join(f"{name} {value:.3f}" for name, value in terms.items())
-              + "   weights " + " ".join(f"{w:.2f}" for w in weight.flatten()))
-    assert weight[0, 0, 3] < weight[0, 0, 2] and abs(weight.sum() - 4) < 1e-5
+        weight = learning_weights(out, otp, label, config, at["ramp"]).flatten()
+        print(f"lambda {at['lam']:.1f}", *(f"{name} {value:.3f}" for name, value in terms.items()), "weights", weight)
+    assert weight[3] < weight[2] and abs(weight.sum() - 4) < 1e-5, "the wrong label loses, its class does not"
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 # ------------------------------------------------------------------------------------------------------ configuration
 
@@ -57,15 +58,14 @@ class Config:
     # the method
     method: str = option("ppar", "ppar, or erm: L_seg with w = 1 alone, the baseline", choices=("ppar", "erm"))
     clip: str = option(None, "CLIP by name (RN50, RN101, ViT-B/16, ...), path of a checkpoint, or toy")
-    prototypes: str = option("text", "OTP (Eq. 1), or a control: source means, random directions, the OTP with names swapped",
-                             choices=("text", "source", "random", "shuffled"))
-    align: str = option("progressive", "which goal when (Eq. 4): lambda's schedule; none: L_align is not computed",
+    prototypes: str = option("text", "OTP (Eq. 1), or a control", choices=("text", "source", "random", "shuffled"))
+    align: str = option("progressive", "lambda's schedule (Eq. 4); none: no L_align",
                         choices=("progressive", "reversed", "otp", "vtp", "both", "none"))
     w_align: float = option(1.0, "weight of L_align in Eq. 7", POSITIVE)
     w_vtp: float = option(0.2, "weight of L(VTP; 1) in Eq. 7: trains the VTP, and pulls pixels to it; 0: not computed", AT_LEAST_0)
     tau: float = option(0.07, "temperature of Eq. 3 and 5", POSITIVE)
     ramp: tuple[float, ...] = option((0.1, 0.6), "fractions of the run between which lambda (Eq. 4) and ramp (Eq. 6) rise", RAMP)
-    reweight: str = option("class", "learning weights of Eq. 6: per pixel, with means within each class or over the batch; or per image",
+    reweight: str = option("class", "weights of Eq. 6: means of a class or of the batch, or one weight an image",
                            choices=("none", "class", "batch", "image"))
     balance: float = option(0.0, "a control, not of the paper: weights times n_c^-balance, n_c pixels of the class in the batch", SHARE)
     text_weight: float = option(0.5, "share of the text score <z, OTP> / tau in the prediction", SHARE)
@@ -83,8 +83,7 @@ class Config:
     out: str = option(None, "run folder; default runs/METHOD-SOURCES-seedN")
     resume: str = option(None, "run folder to go on with; its own flags are used")
     device: str = option(None, "cpu, cuda, cuda:1, ...; default: cuda where there is one")
-    amp: str = option(None, "bf16 autocast (losses stay fp32), fp32, or auto: bf16 where the processor has it",
-                      choices=("auto", "bf16", "fp32"))
+    amp: str = option(None, "bf16 autocast, or auto: where the processor has it", choices=("auto", "bf16", "fp32"))
     compile: bool = option(False, "torch.compile the network")
     workers: int = option(None, "loader processes; any number gives the same batches", AT_LEAST_0)
     save_every: int = option(500, "steps between checkpoints", AT_LEAST_1)
@@ -119,10 +118,9 @@ def parse(arguments):
             text += f" (default: {shown})"
         if f.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        elif f.type == tuple[str, ...]:
-            parser.add_argument(flag, nargs="+", metavar="NAME", help=text)
-        elif f.type == tuple[float, ...]:
-            parser.add_argument(flag, nargs=len(f.default), type=float, metavar="FRACTION", help=text)
+        elif f.type in (tuple[str, ...], tuple[float, ...]):
+            kind = f.type.__args__[0]
+            parser.add_argument(flag, nargs="+", type=kind, metavar=kind.__name__.upper(), help=text)
         else:
             parser.add_argument(flag, type=f.type, choices=f.metadata["choices"], help=text,
                                 metavar=None if f.metadata["choices"] else f.type.__name__.upper())
@@ -194,37 +192,29 @@ def sum_over_processes(x):
     return x
 
 
-def open_data(config, resumed):
+def open_data(config, state):
     """The endless stream of training samples. Of the targets, only the names of the files are looked at."""
     sources = [data.list_items(name, config.data_root, "train", config.holdout, config.harmful) for name in config.source]
     for name in config.targets:
         data.list_items(name, config.data_root, "val", config.holdout)
-    for items in [] if resumed else sources:
+    for items in sources if state is None else []:  # what is wrong with the files is found before step 0
         data.check_pairs(items, mapillary=config.mapillary)
     return data.TrainingStream(sources, config.crop, config.seed, config.mapillary)
 
 
-@torch.no_grad()
-def source_means(module, stream, config, batches=32):
-    """The prototypes that the abstract argues against: class means over source batches, in the initial CLIP's space."""
-    def pairs():
-        for s in range(batches):
-            image, label = (torch.stack(x) for x in zip(*(stream[s * config.batch + i] for i in range(config.batch))))
-            emb = module.net(image).emb
-            yield emb, ppar.labels_on_grid(label, emb)
-    return prototypes.source_mean_prototypes(pairs(), module.otp)
-
-
-def open_network(config, stream, state):
-    """PPAR at step 0, or as the checkpoint `state` holds it -> (PPAR, one line about CLIP)."""
+def open_network(config, stream, state, rank=0):
+    """PPAR at step 0, or as the checkpoint `state` holds it; the first process says what was loaded of CLIP."""
     module, report = ppar.build(config)
     if config.crop % module.net.encoder.multiple:
         raise UserError(f"--crop {config.crop} must be a multiple of {module.net.encoder.multiple} for --clip {config.clip}.")
     if state:
         checkpoint.load_weights(module, state, config.out)
     elif config.prototypes == "source":
-        module.otp.copy_(source_means(module, stream, config))
-    return module.train(), report
+        looks = (ppar.look(module, *stream[n]) for n in range(32 * config.batch))
+        module.otp.copy_(prototypes.source_mean_prototypes(((out.emb, grid) for out, _, grid in looks), module.otp))
+    if rank == 0:
+        print(report)
+    return module.train()
 
 
 def make_optimizer(module, config):
@@ -246,40 +236,32 @@ def learning_rate(step, steps, warmup=WARMUP):
     return (step + 1) / first if step < first else (1 - (step - first) / max(steps - first, 1)) ** 0.9
 
 
-def open_loader(stream, config, start, rank, processes, device):
-    """Batches from step `start` on: this process's share of each; the union is the same for any number of processes."""
-    local = config.batch // processes
-    indices = [[s * config.batch + rank * local + i for i in range(local)] for s in range(start, config.steps)]
-    return torch.utils.data.DataLoader(stream, batch_sampler=indices, num_workers=config.workers,
-                                       worker_init_fn=checkpoint.outlive_signals, pin_memory=device.type == "cuda")
-
-
-# ----------------------------------------------------------------------------------------------------------- one step
-
-
 def backward(network, image, label, config, step, autocast):
-    """Forward and backward of one step -> (numbers to log, Output, grid); the gradient stays in the parameters.
+    """Forward and backward of one step -> (numbers to log, Output of the whole batch); the gradient stays in the parameters.
 
     Eq. 6 and the means of Eq. 7 need the outputs of the whole batch. So the loss is taken at the outputs, cut off from
-    the network; its gradient there is then handed to the network, part by part. With micro-batches the first forward
+    the network, and its gradient there is then handed to the network part by part. With micro-batches the first forward
     keeps nothing but outputs, and each part is computed a second time: less memory, the same numbers.
     """
     module = getattr(network, "module", network)  # DistributedDataParallel keeps ours inside
     processes = dist.get_world_size() if dist.is_initialized() else 1
     size = config.micro_batch or len(image)
-    parts = [slice(i, i + size) for i in range(0, len(image), size)]  # slices: views, in whatever memory layout
-    with autocast(), torch.set_grad_enabled(len(parts) == 1):
-        outputs = [network(image[part]) for part in parts]
+    images = image.split(size)  # views, in whatever memory layout
+
+    with autocast(), torch.set_grad_enabled(len(images) == 1):
+        outputs = [network(part) for part in images]
     whole = ppar.Output(*(None if x[0] is None else torch.cat(x).detach().requires_grad_() for x in zip(*outputs)))
     terms, row = ppar.objective(whole, module.otp, label, config, step, sum_over_processes)
     sum(terms.values()).backward()
-    for part in parts:
-        with contextlib.nullcontext() if part is parts[-1] or processes == 1 else network.no_sync():
-            if len(parts) > 1:
-                with autocast():
-                    outputs = [network(image[part])]
-            pairs = [(x, torch.zeros_like(y) if y.grad is None else y.grad) for x, y in zip(outputs[0], whole) if x is not None]
-            torch.autograd.backward([x for x, _ in pairs], [processes * grad[part if len(parts) > 1 else slice(None)] for _, grad in pairs])
+
+    # DDP takes the mean over processes where ours are to be summed, and waits for a gradient of every output.
+    grads = [processes * (torch.zeros_like(x) if x.grad is None else x.grad) for x in whole if x is not None]
+    for start, part in zip(range(0, len(image), size), images):
+        with contextlib.nullcontext() if part is images[-1] or processes == 1 else network.no_sync():
+            with autocast():
+                out = outputs[0] if len(images) == 1 else network(part)
+            torch.autograd.backward([x for x in out if x is not None], [grad[start:start + len(part)] for grad in grads])
+
     values = sum_over_processes(torch.stack(list(terms.values())).detach()).tolist()
     row = dict(loss=sum(values), **dict(zip(terms, values)), **row)
     for name, value in reversed(row.items()):
@@ -292,8 +274,7 @@ def backward(network, image, label, config, step, autocast):
 def check_first_step(module, optimizer):
     """Guards that cost nothing: what should learn got a finite gradient, what is frozen got none, nothing is left out."""
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    trainable = {id(p) for p in module.parameters() if p.requires_grad}
-    if len(held) != len(set(held)) or set(held) != trainable:
+    if sorted(held) != sorted(id(p) for p in module.parameters() if p.requires_grad):
         raise UserError("the optimiser does not hold exactly the trainable parameters, once each: a defect of make_optimizer.")
     for name, p in module.named_parameters():
         if p.requires_grad and (p.grad is None or not torch.isfinite(p.grad).all()):
@@ -306,8 +287,7 @@ def check_first_step(module, optimizer):
 def radii(out, otp, label):
     """Mean distance of this process's pixels to the OTP and the VTP of their class: theory.md's A, as it moves."""
     grid = ppar.labels_on_grid(label, out.emb)
-    count = (grid != data.VOID).sum()
-    goals = dict(radius_otp=otp, radius_vtp=out.vtp)
+    count, goals = (grid != data.VOID).sum(), dict(radius_otp=otp, radius_vtp=out.vtp)
     return {name: (ppar.distance(out.emb, grid, goal).sum() / count).item() for name, goal in goals.items()
             if goal is not None and count > 0}
 
@@ -320,27 +300,32 @@ def train(config, state, rank, processes, device):
     if config.batch % processes:
         raise UserError(f"--batch {config.batch} cannot be split over {processes} processes: give a multiple.")
     start = state["step"] if state else 0
-    stream = open_data(config, resumed=state is not None)
-    module, report = open_network(config, stream, state)
+    stream = open_data(config, state)
+    module = open_network(config, stream, state, rank)
+    if rank == 0:
+        checkpoint.open_folder(config, start if state else None)
+        print(f"source {' + '.join(f'{n} ({len(i)} images)' for n, i in zip(config.source, stream.sources))}, method "
+              f"{config.method}, align {config.align}, reweight {config.reweight}, {processes} process(es) on {device.type}")
     bf16, autocast = checkpoint.precision(config.amp, device)
-    channels_last = bf16 or device.type == "cuda"  # the layout that both kinds of fast convolution read without a copy
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    module.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    # the layout that both kinds of fast convolution read without a copy
+    layout = torch.channels_last if bf16 or device.type == "cuda" else torch.contiguous_format
+    module.to(device, memory_format=layout)
     optimizer = make_optimizer(module, config)
     if state:
         checkpoint.load_optimizer(optimizer, state, config.out)
     network = torch.compile(module) if config.compile else module
     if processes > 1:
         network = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
-    if rank == 0:
-        checkpoint.open_folder(config, start if state else None)
-        print(f"{report}\nsource {' + '.join(f'{n} ({len(i)} images)' for n, i in zip(config.source, stream.sources))}, method "
-              f"{config.method}, align {config.align}, reweight {config.reweight}, {processes} process(es) on {device.type}")
-    loader, began = open_loader(stream, config, start, rank, processes, device), time.perf_counter()
+    # This process's share of every batch; the union is the same for any number of processes.
+    firsts, local = range(start * config.batch, config.steps * config.batch, config.batch), config.batch // processes
+    batches = [range(first + rank * local, first + (rank + 1) * local) for first in firsts]
+    loader = torch.utils.data.DataLoader(stream, batch_sampler=batches, num_workers=config.workers, pin_memory=device.type == "cuda",
+                                         worker_init_fn=checkpoint.outlive_signals)
+    began = time.perf_counter()
     bar = tqdm(total=config.steps, initial=start, disable=rank > 0, desc="train", unit="step", dynamic_ncols=True)
     with bar, checkpoint.catch_signals() as signals:
         if state is None:
-            checkpoint.save(module, optimizer, config, 0, rank)  # a full disk shows now, and --resume works from the first step on
+            checkpoint.save(module, optimizer, config, 0, rank)  # a full disk shows now; --resume works from the first step on
         for step, (image, label) in zip(range(start, config.steps), loader):
             image, label = image.to(device, non_blocking=True), label.to(device, non_blocking=True)
             rate = learning_rate(step, config.steps)
@@ -354,7 +339,8 @@ def train(config, state, rank, processes, device):
 
             done = step + 1
             if rank == 0 and (done % LOG_EVERY == 0 or done == config.steps):
-                row = dict(step=done, **row, **radii(out, module.otp, label), lr=config.lr * rate, seconds=round(time.perf_counter() - began, 2))
+                row = dict(step=done, **row, **radii(out, module.otp, label), lr=config.lr * rate,
+                           seconds=round(time.perf_counter() - began, 2))
                 with open(os.path.join(config.out, "log.jsonl"), "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "seg", "align", "vtp", "lam") if k in row})
@@ -376,36 +362,30 @@ def continue_run(given):
     state = checkpoint.read(folder)
     try:
         own = dict(state["config"])
-        config = configure({**own, **{name: value for name, value in given.items() if name in MAY_CHANGE_ON_RESUME}, "out": folder})
-        whole = 0 <= state["step"] <= config.steps
-    except (TypeError, ValueError) as error:
-        if isinstance(error, UserError) and "--" in str(error) and any(name in given for name in MAY_CHANGE_ON_RESUME):
-            raise
-        whole = False
-    if not whole:
-        raise UserError(f"{folder}/last.pt was not written by this train.py: its flags or its parts are others.")
-    for name, value in given.items():
-        if name not in MAY_CHANGE_ON_RESUME and value != own.get(name):
-            raise UserError(f"--{name.replace('_', '-')} {value} differs from the run's own {own.get(name)}: a resumed run keeps "
-                            f"its flags, only {', '.join('--' + n.replace('_', '-') for n in sorted(MAY_CHANGE_ON_RESUME))} may "
-                            f"change; start a new run with --out.")
+        for name, value in given.items():
+            if name not in MAY_CHANGE_ON_RESUME and value != own.get(name):
+                raise UserError(f"--{name.replace('_', '-')} {value} differs from the run's own {own.get(name)}: a resumed run "
+                                f"keeps its flags, only {', '.join('--' + n.replace('_', '-') for n in sorted(MAY_CHANGE_ON_RESUME))} "
+                                f"may change; start a new run with --out.")
+        config = configure({**own, **given, "out": folder})
+        if not 0 <= state["step"] <= config.steps:
+            raise TypeError
+    except TypeError:  # flags of another program, or values of another kind
+        raise UserError(f"{folder}/last.pt was not written by this train.py: its flags or its parts are others.") from None
     return config, state
 
 
 def closing_words(config, results):
     """For the drawn world, the committed baseline beside the new row; for every run, the next command to try."""
-    committed = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "toy.csv")
-    own = {"method", "seed", "out", "targets", "prototypes", "tau", "ramp", *ERM, "w_align", *MAY_CHANGE_ON_RESUME}  # not the baseline's
-    plain = dataclasses.asdict(configure({}))
-    like = all(value == plain[name] for name, value in dataclasses.asdict(config).items() if name not in own)
-    if like and os.path.exists(committed):  # else its baseline is another one
-        with open(committed, newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row["row"] == "erm"]
-        names = [name for name in results["targets"] if rows and name in rows[0]]
-        cells = [f"{name.removeprefix('toy-')} {sum(float(row[name]) for row in rows) / len(rows):.1f}" for name in names]
-        if cells:
-            print(f"baseline (--method erm), mean of {len(rows)} seeds, not trained now but read from results/toy.csv: "
-                  f"{', '.join(cells)}; unseen mean {sum(float(row['unseen']) for row in rows) / len(rows):.1f}")
+    plain = configure({})
+    own = {"method", "seed", "out", "targets", "prototypes", "w_align", "tau", "ramp", *ERM, *MAY_CHANGE_ON_RESUME}  # not the baseline's
+    like = all(value == getattr(plain, name) for name, value in vars(config).items() if name not in own)
+    committed = Path(__file__).resolve().parent / "results" / "toy.csv"
+    if like and committed.is_file():
+        rows = [row for row in csv.DictReader(committed.open(encoding="utf-8")) if row["row"] == "erm"]
+        cells = [f"{name.removeprefix('toy-')} {sum(float(row[name]) for row in rows) / len(rows):.1f}"
+                 for name in [*results["targets"], "unseen"] if rows and rows[0].get(name)]
+        print(f"baseline (--method erm), mean of {len(rows)} seeds, not trained now but read from results/toy.csv: {', '.join(cells)}")
     if config.method == "ppar":
         print(f"next: the baseline on the same network, with the same flags and `--method erm --out OTHER`, then "
               f"`python figures.py {config.out} --compare OTHER`")
