@@ -1,0 +1,261 @@
+"""toy_clip.py: makes toy_clip.pt, a CLIP in miniature that has seen more styles than the drawn source (toy.py).
+
+It is a small clip.model.CLIP, trained with CLIP's symmetric contrastive loss on crops and captions ("a dark photo of a
+bus."), never on label maps: of a crop it knows what its caption says, the class of the thing at its middle.
+
+    crops       32 x 32 pixels, 48 from each of 8 scenes: at the scene's scale, enlarged, or cut to an object
+    styles      random (_web): in each picture three classes in four in colours near those that such things often have,
+                the others in any; any texture, sun, shadow, contrast, tint, blur, noise, vignette, some gray; light
+                from 0.55 to 1.3 of noon; layouts and cameras of a wide range, which holds most of those of the domains
+    never seen  a named domain's palette or look, haze that grows with depth, snow, lit windows, lamp glow, wet mirrors,
+                light below 0.55. With --styles source it sees the source's look alone: the control that tells what the
+                wide styles are worth
+
+Shapes
+    images   (384, 32, 32, 3) uint8    tokens   (texts, 24) captions, each once    which   (384,) image -> its caption
+
+Not here: the world (toy.py), loading (model.load_clip("toy")), the prompts of the method (prototypes.py).
+Run `python toy_clip.py` for a check on a few crops in seconds, with --check for the figures to quote, with --train to
+make the file again (minutes).
+"""
+
+import argparse
+import functools
+import io
+import time
+import zipfile
+
+import clip
+import numpy as np
+import torch
+import torch.nn.functional as F
+from clip.model import CLIP
+from PIL import Image
+
+import model
+import toy
+from data import CLASSES, CLIP_MEAN, CLIP_STD
+
+# Pixels of its input: one cell of stride 32, so that its pooling attends to that cell alone, and reading a pixel
+# (model.py: the value path at one position) is what it was trained to do.
+SIZE = 32
+REACH = 96  # the largest piece of a scene that is scaled down to it
+SCENES, PER_SCENE, SHARES = 8, 48, (.5, .2, .3)  # of a batch; shares of the MODES
+MODES = ("native", "zoom", "cut")  # a window at the scene's scale; a smaller one, enlarged; one cut to an object
+RARE = (toy.TRUCK, toy.BUS, toy.RIDER, toy.MOTORCYCLE, toy.BICYCLE, toy.WALL, toy.FENCE, toy.LIGHT, toy.SIGN)
+WIDTHS = dict(joint=64, vision=16, text=64)
+FORMS = ("a {m} of a {c}.", "a {m} of a {c}.", "a {m} of the {c}.", "a {c} in a street scene.", "a {c} in the street.",
+         "a {c} on the road at day.", "{c}")
+PROMPTS = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "a drawing of a {}.",
+           "a {} in a street scene.")
+SOURCE = toy.STREET, {**toy.PLAIN, **toy.DOMAINS["toy-gta5"]["look"]}
+NATURAL = toy.colours(  # what such things often look like, anywhere
+    "6e6e70 505054 96928c/96928c 786e6e/aa8c6e 8c5a50 969696/8c8278/6e645a/5a5a5c/32322e/be3c3c 3c5ab4/466e32 5a6e3c "
+    "6e6432/788246 8c785a/96bee6 c8ced6/5a505a/645a50/78787c 3c3c42 c8c8c8/b4b4b0/be783c/3c3c40/5a5a5a")
+
+
+def _web(rng):
+    """(layout, look) of a picture of the open web: three classes in four in fairly natural colours, others in any."""
+    def once(low, high):
+        return (rng.uniform(low, high),) * 2
+
+    palette = {}
+    for c in range(20):
+        some = np.array(NATURAL[c])[rng.integers(len(NATURAL[c]), size=12)]
+        free = rng.uniform(15, 245, 3) + rng.normal(0, rng.uniform(0, 60), (12, 3))
+        palette[c] = (some + rng.normal(0, 22, (12, 3)) if rng.random() < .75 else free).clip(8, 250).tolist()
+    look = dict(
+        palette=palette, jitter=rng.uniform(2, 30), light=once(.55, 1.3), contrast=once(.55, 1.5), sun=once(0, .3),
+        tint=tuple(rng.uniform(.82, 1.18, 3)), gray=once(0, 1) if rng.random() < .2 else (0, 0), shadow=once(0, .7),
+        mark=tuple(rng.uniform(150, 255, 3)), glass=tuple(rng.uniform(10, 200, 3)), dark=tuple(rng.uniform(8, 70, 3)),
+        lamp=tuple(rng.uniform(120, 255, 3)), joint=once(-45, 45), brick=once(-45, 45), window=once(.5, 1),
+        cloud=once(0, 14), leaf=once(8, 42), grass=once(5, 30), noise=once(0, 6),
+        blur=once(.2, 1.1) if rng.random() < .6 else (0, 0), vignette=once(0, .6) if rng.random() < .3 else (0, 0),
+        texture={c: (rng.integers(8), rng.uniform(0, 8)) for c in toy.CLASSES})
+    layout = dict(toy.STREET, focal=(85, 150), height=(1.1, 2.4), horizon=(.32, .54), sway=.14, road=(2.8, 8.5),
+                  sidewalk=.8, verge=.6, building=2.4, wall=1.2, fence=1.2, tree=1.8, open=.8, storeys=(1, 6),
+                  truck=.9, bus=.9, rider=2.2, light=2.2, sign=2.2, hood=.2)
+    return layout, look
+
+
+def _crops(rng, scene, image, count, share=SHARES):
+    """Crops of one scene -> images (count, SIZE, SIZE, 3), class of each crop's subject.
+
+    share    of the three MODES. Classes are drawn evenly (rare and small ones more often), then a pixel of the class.
+             Whoever photographs a thing frames it: of eight places on it, a cut takes the one that shows most of it.
+    """
+    cls, obj, pad = scene.column(0), scene.column(2), REACH // 2
+    canvas = np.empty((toy.HEIGHT + REACH, toy.WIDTH + REACH, 3), np.uint8)
+    canvas[:] = np.round(255 * np.array(CLIP_MEAN))  # outside the picture: what the normalisation turns into zero
+    canvas[pad:-pad, pad:-pad] = image
+    canvas, ground = Image.fromarray(canvas), np.pad(cls, pad, constant_values=toy.VOID)
+    present = np.flatnonzero(np.bincount(cls.ravel(), minlength=256)[:19] >= 8)
+    weight = np.isin(present, RARE) + 1
+    subjects = rng.choice(present, count, p=weight / weight.sum())
+    where = {c: np.argwhere(cls == c) for c in set(subjects)}
+    images = np.empty((count, SIZE, SIZE, 3), np.uint8)
+    for k, c in enumerate(subjects):
+        pixel = where[c][rng.integers(len(where[c]))]
+        places, side, mode = [pixel], SIZE, MODES[rng.choice(3, p=share)]
+        if mode == "zoom":
+            side = SIZE / rng.uniform(1, 2)
+        elif mode == "cut":
+            body = where[c][obj[tuple(where[c].T)] == obj[tuple(pixel)]]
+            side = np.prod(np.ptp(body, 0) + 1) ** .5
+            side = len(body) ** .5 if side > REACH / 2 else side  # long or torn, as a pavement is: no box frames it
+            side = np.clip(side * rng.uniform(1, 1.6), 14, REACH)
+            places += [(body.min(0) + body.max(0)) / 2, *body[rng.integers(len(body), size=6)]]
+        shake = rng.uniform(-.1, .1, 2) * side
+        limit = np.array(ground.shape) - side
+        corners = [np.clip(place + .5 + pad - side / 2 + shake, 0, limit) for place in places]
+        shown = [(ground[int(y):int(y + side), int(x):int(x + side)] == c).sum() for y, x in corners]
+        top, left = corners[np.argmax(shown)]  # the first of equals
+        images[k] = canvas.resize((SIZE, SIZE), Image.BILINEAR, box=(left, top, left + side, top + side))
+        if rng.random() < .5:
+            images[k] = images[k, :, ::-1]
+    return images, subjects
+
+
+def _caption(rng, look, subject):
+    """What a person may write under a crop: its subject, at times the style; in the plain form, just the subject."""
+    if rng.random() < .4:
+        return f"a photo of a {CLASSES[subject]}."
+    styles = [word for word, true in (("dark ", look["light"][0] < .75), ("bright ", look["light"][0] > 1.15),
+                                      ("blurry ", look["blur"][0] > .6), ("gray ", look["gray"][0] > .6)) if true]
+    style = rng.choice(styles) if styles and rng.random() < .6 else ""
+    medium = style + rng.choice(("photo", "photo", "picture", "drawing"))
+    return FORMS[rng.integers(len(FORMS))].format(m=medium, c=CLASSES[subject])
+
+
+def web_batch(n, seed, styles):
+    """Batch n of crops and captions: a pure function of (seed, n), so for any number of worker processes the same."""
+    rng = np.random.default_rng([99, seed, n])
+    images, captions = [], []
+    for _ in range(SCENES):
+        layout, look = _web(rng) if styles == "web" else SOURCE
+        scene = toy.Scene(rng, layout)
+        crops, subjects = _crops(rng, scene, toy.paint(rng, scene, look), PER_SCENE)
+        images.append(crops)
+        captions += [_caption(rng, look, c) for c in subjects]
+    texts, which = np.unique(captions, return_inverse=True)  # equal captions have equal embeddings
+    return torch.from_numpy(np.concatenate(images)), clip.tokenize(texts, context_length=24), torch.from_numpy(which)
+
+
+def _normalise(images):
+    """As data.to_tensor, for a batch; in the order of rounding in which toy_clip.pt was trained."""
+    x = images.permute(0, 3, 1, 2).float() / 255
+    return (x - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+
+
+def train_clip(out=model.TOY_CLIP, steps=7000, seed=0, styles="web", threads=1):
+    """CLIP's symmetric contrastive loss, over the batch's captions for an image and over its images for a caption.
+
+    Crops with the same caption count as each other's negatives, as in CLIP; so the loss has a floor well above 0.
+    """
+    torch.manual_seed(seed)
+    torch.set_num_threads(threads)
+    # Of CLIP's 49,408 tokens the captions use a few dozen: train a table of those. In ascending order, because CLIP
+    # finds the end of a text as its highest token.
+    mediums = "dark bright blurry gray photo picture drawing"
+    used = clip.tokenize([form.format(m=mediums, c=c) for form in FORMS for c in CLASSES]).unique()
+    net = CLIP(WIDTHS["joint"], SIZE, (1, 1, 1, 1), WIDTHS["vision"], None, 77, len(used), WIDTHS["text"], 1, 2)
+    for name, parameter in net.named_parameters():
+        if name.endswith("bn3.weight"):  # CLIP opens its residual branches from zero: safe in deep networks, but slow
+            torch.nn.init.ones_(parameter)
+    net.visual.to(memory_format=torch.channels_last)
+    groups = [dict(params=[p for p in net.parameters() if p.ndim > 1], weight_decay=.05),
+              dict(params=[p for p in net.parameters() if p.ndim < 2], weight_decay=0)]
+    optimizer = torch.optim.AdamW(groups, betas=(.9, .98))
+    loader = torch.utils.data.DataLoader(range(steps), batch_size=None, num_workers=1, prefetch_factor=8,
+                                         collate_fn=functools.partial(web_batch, seed=seed, styles=styles))
+    target, start, shown = torch.arange(SCENES * PER_SCENE), time.time(), []
+    for n, (images, tokens, which) in enumerate(loader):
+        for group in optimizer.param_groups:  # warm-up, then a cosine
+            group["lr"] = 2e-3 * min(1, (n + 1) / 100) * (.502 + .498 * np.cos(np.pi * n / steps))
+        tokens = torch.searchsorted(used, tokens)[:, :(tokens > 0).sum(1).max()]
+        with torch.autocast("cpu", torch.bfloat16):  # half the time of float32
+            image = net.encode_image(_normalise(images).contiguous(memory_format=torch.channels_last))
+            text = net.encode_text(tokens)
+        logits = F.normalize(image.float(), dim=1) @ F.normalize(text.float(), dim=1).T * net.logit_scale.exp()
+        logits = logits[:, which]
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            net.logit_scale.clamp_(0, np.log(100))  # as CLIP did
+        shown.append(loss.item())
+        if (n + 1) % 100 == 0 or n + 1 == steps:
+            print(f"step {n + 1:5d} of {steps}  loss {np.mean(shown[-100:]):.3f}  scale {net.logit_scale.exp():4.1f}"
+                  f"  {time.time() - start:5.0f} s", flush=True)
+    _save(net, used, out)
+
+
+def _save(net, used, out):
+    """A state dict in half precision, as OpenAI's; packed with deflate, since most rows of its token table are zero."""
+    state = {k: v.detach().clone().contiguous() for k, v in net.state_dict().items()}
+    table = torch.zeros(49408, WIDTHS["text"])  # CLIP's numbers, as clip.tokenize gives; zero: never trained
+    table[used] = state["token_embedding.weight"]
+    state["token_embedding.weight"] = table
+    # Pixels are read as c_proj(v_proj(f)), without a position code (model.py). The grid of training has one cell: move its
+    # code into the biases. The same function, as q, k and v are linear, and now reading a pixel is reading that cell.
+    code = state["visual.attnpool.positional_embedding"]
+    middle = code[len(code) // 2].clone()  # row 0 belongs to the mean
+    for name in ("q", "k", "v"):
+        state[f"visual.attnpool.{name}_proj.bias"] += state[f"visual.attnpool.{name}_proj.weight"] @ middle
+    code -= middle
+    raw = io.BytesIO()
+    torch.save({k: v.half() if v.is_floating_point() else v for k, v in state.items()}, raw)
+    with zipfile.ZipFile(raw) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(zipfile.ZipInfo(entry.filename), old.read(entry), zipfile.ZIP_DEFLATED)
+
+
+@torch.no_grad()
+def zero_shot(net, domain, share, scenes=15, per_scene=24):
+    """(right, total) per class: crops of a domain's held-out scenes against the mean of PROMPTS of each drawn class."""
+    right, total, recipe = np.zeros(19), np.zeros(19), toy.DOMAINS[domain]
+    text = net.encode_text(clip.tokenize([p.format(CLASSES[c]) for c in toy.CLASSES for p in PROMPTS]))
+    text = F.normalize(F.normalize(text, dim=1).view(len(toy.CLASSES), len(PROMPTS), -1).mean(1), dim=1)
+    for index in range(scenes):
+        rng = np.random.default_rng([recipe["number"], toy.SPLITS["val"], index, 77])
+        scene = toy.Scene(rng, {**toy.STREET, **recipe["layout"]})
+        crops, subject = _crops(rng, scene, toy.paint(rng, scene, recipe["look"]), per_scene, share)
+        guess = np.array(toy.CLASSES)[(net.encode_image(_normalise(torch.from_numpy(crops))) @ text.T).argmax(1)]
+        np.add.at(total, subject, 1)
+        np.add.at(right, subject[guess == subject], 1)
+    return right, total
+
+
+def check_clip(path=model.TOY_CLIP, scenes=15):
+    """Zero-shot top-1 of held-out crops in the domains' looks; trained with `--styles web` it has seen none of them."""
+    net = model.load_clip(path)[0]
+    print(f"top-1 over {len(toy.CLASSES)} classes (chance {1 / len(toy.CLASSES):.2f}); native: at the scene's scale, "
+          "zoom: enlarged, cut: cut to the object")
+    counts = np.array([[zero_shot(net, domain, share, scenes) for share in np.eye(3)] for domain in toy.DOMAINS])
+    rows = dict(zip(toy.DOMAINS, counts.sum(3)))  # counts: (domains, modes, right or total, classes)
+    rows |= {CLASSES[c]: counts[..., c].sum(0) for c in toy.CLASSES} | {"all domains": counts.sum((0, 3))}
+    for name, row in rows.items():
+        top1 = "  ".join(f"{mode} {right / total:.3f}" for mode, (right, total) in zip(MODES, row))
+        print(f"  {name:15s} {top1}  of {row[:, 1].sum():.0f} crops")
+
+
+def main():
+    """Train the miniature CLIP or check it, as the flags ask; without flags, a check on a few crops."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--train", action="store_true", help="make the miniature CLIP again (minutes)")
+    parser.add_argument("--check", action="store_true", help="zero-shot top-1 per domain and class")
+    parser.add_argument("--out", default=model.TOY_CLIP, help="file that --train writes and --check reads")
+    parser.add_argument("--styles", choices=("web", "source"), default="web", help="what it sees in training")
+    parser.add_argument("--steps", type=int, default=7000, help="of --train")
+    parser.add_argument("--seed", type=int, default=0, help="of --train")
+    parser.add_argument("--threads", type=int, default=1, help="of --train; another number rounds differently")
+    args = parser.parse_args()
+    if args.train:
+        train_clip(args.out, args.steps, args.seed, args.styles, args.threads)
+    if args.check or not args.train:
+        check_clip(args.out, scenes=15 if args.check else 2)
+
+
+if __name__ == "__main__":
+    main()
