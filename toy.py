@@ -236,32 +236,60 @@ class Scene(_Canvas):
         for x in rng.uniform(-12, 12, rng.poisson(.8) if self.cross else 0):
             yield self.cross + 2, self.car_across, (x, self.cross + 2)
 
-    def vehicle(self, cls, x, z, half, end, margin, ahead):
-        """A new object on its shadow -> x of the flank that is seen, None for what stands in the camera's path."""
+    def vehicle(self, cls, x, z, w, end, shadow, sides, wheels, tyres, faces, lamps):
+        """Reaches from x - w to x + w and from z to end: the flank if it is seen, then tyres, faces and lamps."""
         self.begin(cls, z)
-        self.ground(SHADOW, x - half - margin, x + half + margin, z - ahead, end)
-        return x - half if x > half else x + half if x < -half else None
+        self.ground(SHADOW, x - w - shadow[0], x + w + shadow[0], z - shadow[1], end)
+        if abs(x) > w:
+            flank = x - w if x > 0 else x + w
+            for material, *shape in sides:
+                self.side(material, flank, *shape)
+            self.wheels(flank, *wheels)
+        self.pair(DARK, x, *tyres)
+        for material, half, *shape in faces:
+            self.front(material, x - half, x + half, *shape)
+        self.pair(LAMP, x, *lamps)
 
     def car(self, x, z):
         w, end, tall = self.rng.uniform(0.82, 0.98), z + self.rng.uniform(3.6, 4.6), self.rng.uniform(1.35, 1.75)
         belt = 0.58 * tall
-        if flank := self.vehicle(CAR, x, z, w, end, 0.15, 0.2):
-            self.side(BODY, flank, z, end, 0.28, belt, shade=0.72)
-            self.side(BODY, flank, z + 0.3, end - 0.9, belt, tall, 0.45, shade=0.66)
-            self.side(GLASS, flank, z + 0.6, end - 1.2, belt + 0.05, tall - 0.12, 0.35)
-            self.wheels(flank, .34, z + 0.75, end - 0.8)
-        self.pair(DARK, x, w - .16, .14, 0, .4)
-        self.front(BODY, x - w, x + w, 0.25, belt)
-        self.front(BODY, x - w, x + w, belt, tall, 0.74, 1.08)
-        self.front(GLASS, x - 0.84 * w, x + 0.84 * w, belt + 0.02, tall - 0.13, 0.82)
-        self.pair(LAMP, x, .8 * w, .17, .58, .76)
-        self.front(ACCENT, x - 0.28, x + 0.28, 0.36, 0.5)
+        sides = [(BODY, z, end, .28, belt, 0, .72), (BODY, z + .3, end - .9, belt, tall, .45, .66),
+                 (GLASS, z + .6, end - 1.2, belt + .05, tall - .12, .35)]
+        faces = [(BODY, w, .25, belt), (BODY, w, belt, tall, .74, 1.08),
+                 (GLASS, .84 * w, belt + .02, tall - .13, .82)]
+        self.vehicle(CAR, x, z, w, end, (.15, .2), sides, wheels=(.34, z + .75, end - .8), tyres=(w - .16, .14, 0, .4),
+                     faces=faces, lamps=(.8 * w, .17, .58, .76))
+        self.front(ACCENT, x - .28, x + .28, .36, .5)
+
+    def truck(self, x, z):
+        """Told from a bus by its closed box on a dark frame, and by its cab."""
+        w, end, tall = 1.2, z + self.rng.uniform(6, 9), self.rng.uniform(2.9, 3.7)
+        sides = [(ACCENT, end - 1.8, end, .5, 2.5, 0, .7), (GLASS, end - 1.5, end - .4, 1.5, 2.3, 0, 1.0),
+                 (BODY, z, end - 2, .95, tall, 0, .74), (DARK, z + .2, end - 2, .6, .95)]
+        if self.rng.random() < 0.55:  # from behind: a closed box with two doors and their seams
+            faces = [(DARK, w, .55, .8), (BODY, w, .9, tall), (BODY, .05, .95, tall, 1, .5),
+                     (BODY, w, tall - .12, tall, 1, .5), (BODY, w, .9, 1.02, 1, .5)]
+        else:  # from ahead: the cab before the box
+            faces = [(BODY, w, .9, tall, 1, .9), (ACCENT, 1.1, .45, 2.6), (GLASS, .95, 1.55, 2.35),
+                     (DARK, .6, .75, 1.25)]
+        self.vehicle(TRUCK, x, z, w, end, (.2, .3), sides, wheels=(.48, z + 1, z + 2.1, end - 1),
+                     tyres=(.85, .25, 0, .95), faces=faces, lamps=(.92, .17, .62, .85))
+
+    def bus(self, x, z):
+        """Told from a truck by its windows: a row along the flank, a wide screen in front."""
+        long, tall = self.rng.uniform(8, 12), self.rng.uniform(2.9, 3.3)
+        windows = [(GLASS, z + .3 + k * long / 6, z + (k + .86) * long / 6, 1.35, 2.5) for k in range(6)]
+        faces = [(BODY, 1.25, .3, tall, 1, .94), (GLASS, 1.1, 1.15, 2.4, .97), (ACCENT, .75, 2.55, 2.85),
+                 (BODY, .04, 1.15, 2.4, 1, .8)]
+        self.vehicle(BUS, x, z, 1.25, z + long, (.2, .3), [(BODY, z, z + long, .3, tall, 0, .74), *windows],
+                     wheels=(.45, z + 1.6, z + long - 2), tyres=(.9, .2, 0, .5), faces=faces, lamps=(.95, .2, .6, .85))
 
     def car_across(self, x, z):
         """A car on the crossing street, seen from its side."""
         half, tall = self.rng.uniform(1.8, 2.2), self.rng.uniform(1.35, 1.6)
         d = self.rng.choice([-1, 1]) * half
-        self.vehicle(CAR, x, z, half, z + 1.6, 0, 0.2)
+        self.begin(CAR, z)
+        self.ground(SHADOW, x - half, x + half, z - 0.2, z + 1.6)
         outline = [(-1, .3), (1, .3), (1, .75), (.62, .86), (.3, tall), (-.5, tall), (-.85, .9), (-1, .85)]
         self.face(BODY, [(x + d * a, y) for a, y in outline], 0.9)
         for a, b, c, e in ((.5, -.06, -.06, .26), (-.72, -.14, -.14, -.47)):
@@ -270,43 +298,6 @@ class Scene(_Canvas):
         for a in (-.62, .64):
             self.disc(DARK, x + d * a, .34, .36)
         self.disc(LAMP, x + d * .95, .68, .12)
-
-    def truck(self, x, z):
-        """Told from a bus by its closed box on a dark frame, and by its cab."""
-        w, end, tall = 1.2, z + self.rng.uniform(6, 9), self.rng.uniform(2.9, 3.7)
-        if flank := self.vehicle(TRUCK, x, z, w, end, 0.2, 0.3):
-            self.side(ACCENT, flank, end - 1.8, end, 0.5, 2.5, shade=0.7)
-            self.side(GLASS, flank, end - 1.5, end - 0.4, 1.5, 2.3, shade=1.0)
-            self.side(BODY, flank, z, end - 2, 0.95, tall, shade=0.74)
-            self.side(DARK, flank, z + 0.2, end - 2, 0.6, 0.95)
-            self.wheels(flank, .48, z + 1, z + 2.1, end - 1)
-        self.pair(DARK, x, .85, .25, 0, .95)
-        if self.rng.random() < 0.55:  # from behind: a closed box with two doors
-            self.front(DARK, x - w, x + w, 0.55, 0.8)
-            self.front(BODY, x - w, x + w, 0.9, tall)
-            for half, low, high in ((0.05, 0.95, tall), (w, tall - 0.12, tall), (w, 0.9, 1.02)):  # seams
-                self.front(BODY, x - half, x + half, low, high, shade=0.5)
-        else:  # from ahead: the cab before the box
-            self.front(BODY, x - w, x + w, 0.9, tall, shade=0.9)
-            self.front(ACCENT, x - 1.1, x + 1.1, 0.45, 2.6)
-            self.front(GLASS, x - 0.95, x + 0.95, 1.55, 2.35)
-            self.front(DARK, x - 0.6, x + 0.6, 0.75, 1.25)
-        self.pair(LAMP, x, .92, .17, .62, .85)
-
-    def bus(self, x, z):
-        """Told from a truck by its windows: a row along the flank, a wide screen in front."""
-        w, long, tall = 1.25, self.rng.uniform(8, 12), self.rng.uniform(2.9, 3.3)
-        if flank := self.vehicle(BUS, x, z, w, z + long, 0.2, 0.3):
-            self.side(BODY, flank, z, z + long, 0.3, tall, shade=0.74)
-            for k in range(6):
-                self.side(GLASS, flank, z + 0.3 + k * long / 6, z + (k + 0.86) * long / 6, 1.35, 2.5)
-            self.wheels(flank, .45, z + 1.6, z + long - 2)
-        self.pair(DARK, x, .9, .2, 0, .5)
-        self.front(BODY, x - w, x + w, 0.3, tall, shade=0.94)
-        self.front(GLASS, x - 1.1, x + 1.1, 1.15, 2.4, 0.97)
-        self.front(ACCENT, x - 0.75, x + 0.75, 2.55, 2.85)
-        self.front(BODY, x - 0.04, x + 0.04, 1.15, 2.4, shade=0.8)
-        self.pair(LAMP, x, .95, .2, .6, .85)
 
     def person(self, x, z, y=0.0, walks=True):
         """A walker, or what sits on a two-wheeler: that one's legs are drawn there."""
@@ -327,7 +318,8 @@ class Scene(_Canvas):
     def rider(self, x, z, parked=False):
         """A motorcycle or a bicycle, across the view or along it, with its rider or parked."""
         motor, d, across = self.rng.random() < 0.5, self.rng.choice([-1, 1]), self.rng.random() < 0.7
-        self.vehicle(MOTORCYCLE if motor else BICYCLE, x, z, 0.9 if across else 0.3, z + 0.6, 0, 0.1)
+        self.begin(MOTORCYCLE if motor else BICYCLE, z)
+        self.ground(SHADOW, x - (0.9 if across else 0.3), x + (0.9 if across else 0.3), z - 0.1, z + 0.6)
         if across:
             r, hub, inner = (.34, BODY, .35) if motor else (.38, SPOKES, .72)
             for wheel in (-0.58, 0.58):
