@@ -80,7 +80,8 @@ def open_folder(config, step=None):
                             f"--resume {config.out}.")
         os.makedirs(config.out, exist_ok=True)
         write_json(told, describe(config))
-        write_atomically(log, lambda file: None)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(log)
         return
     with contextlib.suppress(FileNotFoundError, ValueError):
         run, now = json.loads(Path(told).read_text(encoding="utf-8")), describe(config)

@@ -400,7 +400,7 @@ def main(given):
             config, state = continue_run(given) if "resume" in given else (configure(given), None)
             rank, processes, device = setup_processes(config)
             module = train(config, state, rank, processes, device)
-            run = checkpoint.Run(module.eval(), config, config.steps, config.out)
+            run = checkpoint.Run(module.eval(), config, config.steps, Path(config.out))
             results = evaluate.evaluate_targets(run, rank=rank, processes=processes)
             if rank == 0 and config.figures:
                 figures.draw_figures(run)

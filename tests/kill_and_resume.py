@@ -29,8 +29,8 @@ sys.path[:0] = [str(ROOT), str(TESTS)]
 
 SIZE = (72, 100)  # of the pictures; no multiple of anything
 # Every part of the method is at work from the first steps on, and the learning rate moves the weights.
-FLAGS = """--source gta5 --targets cityscapes --crop 64 --batch 4 --width 16 --steps 8 --lr 1e-3 --progress-start 0
-    --progress-end 0.5 --amp fp32 --workers 0 --log-every 1 --device cpu""".split()
+FLAGS = """--source gta5 --targets cityscapes --crop 64 --batch 4 --steps 8 --lr 1e-3 --ramp 0 0.5
+    --amp fp32 --workers 0 --device cpu""".split()
 
 
 def write_world(folder):
@@ -86,6 +86,7 @@ def _child(arguments, output, environment, scored, file_limit):
     import train
 
     torch.set_num_threads(1)
+    train.LOG_EVERY = 1
     if not scored:
         train.evaluate.evaluate_targets = lambda *args, **kwargs: None
     train.main(train.parse(arguments))

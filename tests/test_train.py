@@ -32,8 +32,10 @@ from make_clip import make_clip, write_archive, write_state_dict
 from PIL import Image
 
 import align
+import checkpoint
 import data
 import evaluate
+import ppar
 import prototypes
 import reweight
 import train
@@ -116,9 +118,9 @@ def one_batch(config, world, step=0):
 
 def one_step(config, image, label, step, module=None):
     """(row, gradients, module) of one backward_batch on fresh weights."""
-    module = module or train.build(config)[0].train()
+    module = module or ppar.build(config)[0].train()
     module.zero_grad(set_to_none=True)
-    row, _ = train.backward_batch(module, image, label, config, step, contextlib.nullcontext)
+    row, _ = train.backward(module, image, label, config, step, contextlib.nullcontext)
     return row, {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}, module
 
 
@@ -150,7 +152,7 @@ def test_the_main_job_on_tiny_files_in_the_official_layouts(world, tmp_path):
     state = torch.load(out / "last.pt", weights_only=True)
     assert isinstance(state["model"], dict) and state["step"] == 6
     assert all(torch.isfinite(t).all() for t in state["model"].values() if t.is_floating_point())
-    assert evaluate.load_run(out).step == 6
+    assert checkpoint.load_run(out).step == 6
 
     run = json.loads((out / "run.json").read_text())
     assert run["config"]["crop"] == 64 and run["config"]["seed"] == 0
@@ -202,7 +204,7 @@ def test_the_log_has_the_last_step_and_the_learning_rate_of_the_flag(straight, w
 
 def test_without_git_the_run_is_described_all_the_same(world, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    run = train.describe_run(configured(world))
+    run = checkpoint.describe(configured(world))
     assert run["commit"] is None and run["changed_since_commit"] is None
 
 
@@ -253,7 +255,7 @@ def test_moments_from_another_memory_layout_belong_to_the_same_weights(saved, no
     config = configured(world)
 
     def fresh(layout):
-        module = train.build(config)[0].train().to(memory_format=layout)
+        module = ppar.build(config)[0].train().to(memory_format=layout)
         return module, train.make_optimizer(module, config)
 
     def step(module, optimizer, seed):
@@ -268,7 +270,7 @@ def test_moments_from_another_memory_layout_belong_to_the_same_weights(saved, no
     straight, moved = fresh(saved), fresh(now)
     step(*straight, seed=1)
     moved[0].load_state_dict(straight[0].state_dict())
-    train.load_optimizer(moved[1], copy.deepcopy(straight[1].state_dict()))  # from a file, nothing is shared
+    checkpoint.load_optimizer(moved[1], dict(optimizer=copy.deepcopy(straight[1].state_dict())), "run")  # from a file, nothing is shared
     step(*straight, seed=2)
     step(*moved, seed=2)
     strided = [p for p in moved[0].parameters() if p.dim() == 4 and min(p.shape[1:]) > 1 and p.requires_grad]
@@ -281,7 +283,7 @@ def test_gradients_are_laid_out_as_their_weights(world):
     """The fused kernel trusts it, in channels_last too; autograd promises it."""
     config = configured(world)
     image, label = one_batch(config, world)
-    module = train.build(config)[0].train().to(memory_format=torch.channels_last)
+    module = ppar.build(config)[0].train().to(memory_format=torch.channels_last)
     one_step(config, image.contiguous(memory_format=torch.channels_last), label, step=2, module=module)
     weights = [p for p in module.parameters() if p.grad is not None]
     assert any(not p.is_contiguous() for p in weights) and all(p.grad.stride() == p.stride() for p in weights)
@@ -307,7 +309,7 @@ def test_a_folder_in_which_nothing_was_saved_can_be_used_again(world, tmp_path, 
 def test_resuming_a_finished_run_trains_nothing_and_scores_it_again(world, straight, tmp_path, monkeypatch):
     out = shutil.copytree(straight, tmp_path / "run")
     before, log = (out / "last.pt").read_bytes(), (out / "log.jsonl").read_bytes()
-    monkeypatch.setattr(train, "backward_batch", lambda *a: pytest.fail("trained"))
+    monkeypatch.setattr(train, "backward", lambda *a: pytest.fail("trained"))
     scored = []
     monkeypatch.setattr(evaluate, "evaluate_targets", lambda run, config, *rest, **more: scored.append(run))
     train.main({"resume": str(out)})
@@ -430,7 +432,7 @@ def test_a_last_pt_that_train_did_not_write_is_refused_and_not_executed(kind, st
     shutil.copy(straight / "last.pt", out)
     broken(kind, torch.load(straight / "last.pt", weights_only=True), out / "last.pt", marker)
     before = (out / "last.pt").read_bytes()
-    monkeypatch.setattr(train, "backward_batch", lambda *a: pytest.fail("trained"))
+    monkeypatch.setattr(train, "backward", lambda *a: pytest.fail("trained"))
     assert is_one_sentence(main("--resume", out))
     assert not marker.exists() and (out / "last.pt").read_bytes() == before
 
@@ -531,7 +533,7 @@ def test_the_state_of_the_global_random_numbers_does_not_matter(world, straight,
 
 
 def test_every_method_starts_from_the_same_network_and_sees_the_same_batches(world, tmp_path, monkeypatch):
-    backward, seen = train.backward_batch, {}
+    backward, seen = train.backward, {}
     ways = {"full": [], "erm": ["--method", "erm"], "random": ["--prototypes", "random"],
             "far": ["--align", "otp", "--w-vtp", 0]}
     for name, flags in ways.items():
@@ -542,7 +544,7 @@ def test_every_method_starts_from_the_same_network_and_sees_the_same_batches(wor
             seen[name].append((image, label, start))
             return backward(network, image, label, *rest)
 
-        monkeypatch.setattr(train, "backward_batch", spy)
+        monkeypatch.setattr(train, "backward", spy)
         trained(tmp_path / name, *world["flags"], *flags, "--steps", 2)
     for name in ways:
         assert difference(seen["full"], seen[name]) is None, name
@@ -605,7 +607,7 @@ def test_micro_batches_in_two_processes_have_the_losses_of_the_whole_batch(world
     assert largest_difference(as_ranks(flags, tmp_path / "two", tmp_path), twenty) < 1e-5
 
 
-@pytest.mark.parametrize("flags", ["--reweight none", "--reweight pixel", "--reweight image", "--no-reweight-per-class",
+@pytest.mark.parametrize("flags", ["--reweight none", "--reweight class", "--reweight image", "--reweight batch",
                                    "--align reversed", "--align otp --w-vtp 0", "--method erm", "--balance 0.5",
                                    "--method erm --balance 1"])
 @pytest.mark.parametrize("void", [0, 1, 4])
@@ -670,7 +672,7 @@ def test_results_are_the_same_from_one_process_and_from_two(world, straight, tmp
 
 
 def test_a_batch_that_cannot_be_split_is_refused(world, tmp_path):
-    with pytest.raises(train.RunError, match="--batch 4 cannot be split over 3 processes"):
+    with pytest.raises(data.UserError, match="--batch 4 cannot be split over 3 processes"):
         train.train(configured(world, "--out", tmp_path / "run"), None, 0, 3, CPU)
     assert not (tmp_path / "run").exists()
 
@@ -713,7 +715,7 @@ def test_erm_is_a_hand_written_cross_entropy_loop(world, tmp_path):
     row, grads, module = one_step(config, *one_batch(config, world), step=0)
     assert all(name.startswith("net.") for name in grads) and module.vtp is None
 
-    net = train.build(config)[0].net.train()
+    net = ppar.build(config)[0].net.train()
     clip = [p for n, p in net.named_parameters() if n.startswith("encoder.") and p.requires_grad]
     new = [p for n, p in net.named_parameters() if not n.startswith("encoder.")]
     groups = [dict(params=[p for p in params if (p.dim() > 1) == matrix], peak=peak, weight_decay=0.01 * matrix)
@@ -870,7 +872,7 @@ def test_training_opens_no_target_file_and_scoring_does(world, tmp_path):
                             "--prototypes", "source", "--out", tmp_path / "run")
         module = train.train(config, None, 0, 1, CPU)
         during = list(opened)
-        with pytest.raises(data.DataError):
+        with pytest.raises(data.UserError):
             evaluate.evaluate_targets(module, config, CPU)
     finally:
         watching[0] = False
@@ -940,7 +942,7 @@ BAD_FLAGS = {
 
 @pytest.mark.parametrize("flags, told", BAD_FLAGS.items())
 def test_a_value_that_cannot_be_is_one_sentence_before_any_training(flags, told, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "backward_batch", lambda *a: pytest.fail("trained"))
+    monkeypatch.setattr(train, "backward", lambda *a: pytest.fail("trained"))
     sentence = main(*world["flags"], "--out", tmp_path / "run", *flags.split())
     assert is_one_sentence(sentence) and told in sentence
     assert not (tmp_path / "run").exists()
@@ -995,7 +997,7 @@ def test_an_out_that_cannot_be_a_folder_is_one_sentence(below, world, tmp_path):
 
 def test_files_that_go_bad_during_training_end_in_one_sentence_from_a_loaders_process_too(world, tmp_path, monkeypatch):
     def gone(item, *rest, **more):
-        raise data.DataError(f"{item.image} cannot be read (gone): fetch it again.")
+        raise data.UserError(f"{item.image} cannot be read (gone): fetch it again.")
 
     monkeypatch.setattr(data, "training_view", gone)
     warnings.simplefilter("ignore")
@@ -1030,7 +1032,7 @@ def test_a_term_that_is_nan_is_named_with_its_step(world, straight, tmp_path, mo
 
 def test_weights_that_a_bad_gradient_spoilt_are_never_saved(world, tmp_path, monkeypatch):
     """The loss of that step is finite; the next one's would tell, but the checkpoint comes in between."""
-    backward = train.backward_batch
+    backward = train.backward
 
     def spoil_last(network, image, label, config, step, autocast):
         result = backward(network, image, label, config, step, autocast)
@@ -1038,7 +1040,7 @@ def test_weights_that_a_bad_gradient_spoilt_are_never_saved(world, tmp_path, mon
             network.net.classify.weight.grad[0, 0] = math.inf
         return result
 
-    monkeypatch.setattr(train, "backward_batch", spoil_last)
+    monkeypatch.setattr(train, "backward", spoil_last)
     sentence = main(*world["flags"], "--save-every", 2, "--out", tmp_path / "run")
     assert is_one_sentence(sentence) and "step 4" in sentence and read_state(tmp_path / "run")["step"] == 2
 
@@ -1092,7 +1094,7 @@ def test_erm_is_the_method_with_every_switch_off_and_nothing_else():
 
 
 def test_every_flag_reaches_its_field():
-    flags = """--source a b --no-reweight-per-class --flip --lr 2e-3 --micro-batch 3 --align vtp --compile --stride 8"""
+    flags = """--source a b --reweight batch --flip --lr 2e-3 --micro-batch 3 --align vtp --compile --stride 8"""
     assert train.parse(flags.split()) == dict(source=("a", "b"), reweight_per_class=False, flip=True, lr=2e-3,
                                               micro_batch=3, align="vtp", compile=True, stride=8)
 
@@ -1102,7 +1104,7 @@ def test_every_flag_reaches_its_field():
 
 def test_the_optimiser_holds_exactly_the_trainable_parameters_once(world):
     config = configured(world)
-    module = train.build(config)[0]
+    module = ppar.build(config)[0]
     optimizer = train.make_optimizer(module, config)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert len(held) == len(set(held)) and set(held) == {id(p) for p in module.parameters() if p.requires_grad}
@@ -1127,7 +1129,7 @@ def test_the_guards_of_the_first_step_pass_what_is_right_and_catch_what_is_not(w
     train.check_first_step(module, optimizer)
 
     def caught(match):
-        with pytest.raises(train.RunError, match=match):
+        with pytest.raises(data.UserError, match=match):
             train.check_first_step(module, optimizer)
 
     group = optimizer.param_groups[0]["params"]
@@ -1150,7 +1152,7 @@ def test_the_guards_of_the_first_step_pass_what_is_right_and_catch_what_is_not(w
 
 
 def test_frozen_weights_do_not_move_and_the_others_do(world, straight):
-    before, after = train.build(configured(world))[0], read_state(straight)["model"]
+    before, after = ppar.build(configured(world))[0], read_state(straight)["model"]
     frozen = {n for n, p in before.net.named_parameters() if not p.requires_grad}
     for name, tensor in before.net.state_dict().items():
         still = name in frozen or "running_" in name or "num_batches" in name
@@ -1172,8 +1174,8 @@ def test_bf16_on_the_cpu_trains_and_starts_from_the_loss_of_fp32(world, straight
 def test_the_losses_are_computed_in_fp32_under_autocast(world):
     config = configured(world)
     image, label = one_batch(config, world)
-    module = train.build(config)[0].train()
-    row, _ = train.backward_batch(module, image, label, config, 2, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    module = ppar.build(config)[0].train()
+    row, _ = train.backward(module, image, label, config, 2, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
     assert row["seg"] != float(torch.tensor(row["seg"]).bfloat16())  # no bf16 number
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits, emb, vtp = module(image)
@@ -1185,9 +1187,9 @@ def test_auto_precision_asks_the_processor(world, monkeypatch):
     for able in (True, False):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
-        assert train.precision(config, CPU)[0] == able
-    assert train.precision(configured(world, "--amp", "bf16"), CPU)[0]
-    assert not train.precision(configured(world, "--amp", "fp32"), CPU)[0]
+        assert checkpoint.precision(config.amp, CPU)[0] == able
+    assert checkpoint.precision("bf16", CPU)[0]
+    assert not checkpoint.precision("fp32", CPU)[0]
 
 
 @LONG
