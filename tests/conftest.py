@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -113,3 +114,19 @@ def write_png16(path, pixels):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
                            + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b""))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Every data set of the main job in its official layout, and small CLIPs of both kinds in both formats."""
+    from kill_and_resume import FLAGS, SIZE, write_world
+    from make_clip import make_clip, write_archive, write_state_dict
+
+    folder = tmp_path_factory.mktemp("world")
+    flags = write_world(folder)
+    write_tiny(folder / "data", "synthia", n=3, size=SIZE)
+    write_tiny(folder / "data", "bdd", n=3, size=SIZE, split="val")
+    write_tiny(folder / "data", "mapillary", n=2, size=SIZE, split="val")
+    archive = write_archive(make_clip("resnet", layers=(1, 1, 1, 1)), folder / "archive.pt")
+    vit = write_state_dict(make_clip("vit", layers=2), folder / "vit.pt")
+    return dict(flags=[*FLAGS, *flags], root=folder / "data", archive=archive, vit=vit)

@@ -1,0 +1,78 @@
+"""workbench.py: what the tests of train.py and ppar.py share: train.main in this process, one batch, one step, comparisons."""
+
+import contextlib
+
+import torch
+from kill_and_resume import difference, read_log, read_state
+
+import data
+import evaluate
+import ppar
+import train
+
+CPU = torch.device("cpu")
+TERMS = ("loss", "seg", "align", "vtp")
+
+
+def main(*flags, scored=False):
+    """train.main in this process, every step logged -> None, or the sentence that it ended with."""
+    evaluated, every = evaluate.evaluate_targets, train.LOG_EVERY
+    train.LOG_EVERY = 1
+    try:
+        if not scored:
+            evaluate.evaluate_targets = lambda *args, **kwargs: None
+        figures = [] if scored else ["--no-figures"]
+        train.main(train.parse([str(flag) for flag in [*flags, *figures]]))
+    except SystemExit as end:
+        assert end.code not in (0, None)
+        return str(end.code)
+    finally:
+        evaluate.evaluate_targets, train.LOG_EVERY = evaluated, every
+
+
+def trained(out, *flags):
+    """Run folder of a run with these flags."""
+    assert (sentence := main(*flags, "--out", out)) is None, sentence
+    return out
+
+
+def same(a, b):
+    """None if two runs agree to the last bit in weights, optimiser, prototypes and log, else where they do not."""
+    return difference(read_state(a), read_state(b)) or difference(read_log(a), read_log(b), "log")
+
+
+def largest_difference(a, b):
+    """Between the losses of two logs; relative where a loss is above 1, as float32 rounds."""
+    rows, others = read_log(a), read_log(b)
+    assert [row.keys() for row in rows] == [row.keys() for row in others]
+    assert [row["step"] for row in rows] == [row["step"] for row in others]
+    return max(abs(row[term] - other[term]) / max(1, other[term]) for row, other in zip(rows, others) for term in TERMS if term in row)
+
+
+def configured(world, *flags):
+    return train.configure(train.parse([*world["flags"], *map(str, flags)]))
+
+
+def one_batch(config, world, step=0):
+    stream = data.TrainingStream([data.list_items("gta5", str(world["root"]), "train")], config.crop, config.seed)
+    pairs = [stream[step * config.batch + i] for i in range(config.batch)]
+    return tuple(torch.stack(part) for part in zip(*pairs))
+
+
+def one_step(config, image, label, step, module=None):
+    """(row, gradients, module) of one train.backward on fresh weights."""
+    module = module or ppar.build(config)[0].train()
+    module.zero_grad(set_to_none=True)
+    row, _ = train.backward(module, image, label, config, step, contextlib.nullcontext)
+    return row, {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}, module
+
+
+def assert_close(grads, others, tolerance=1e-5):
+    assert grads.keys() == others.keys()
+    for name in grads:
+        scale = others[name].abs().max().clamp_min(1e-3)
+        assert (grads[name] - others[name]).abs().max() <= tolerance * scale, name
+
+
+def is_one_sentence(text):
+    return text and "Traceback" not in text and text.startswith("error: ") and len(text) < 1500
