@@ -8,38 +8,48 @@ A table says how much; a figure says what. Each of them asks one question of the
     curves.png               the alignment radii to VTP and OTP over training, with lambda of Eq. 4         in which order?
     overlay_NAME.png         the prediction laid over a picture of the user's own
 
+    python figures.py RUN [--compare RUN] [--images a.jpg ...]        of a finished run
+    python figures.py --gallery FILE.png                              the drawn domains, scenes beside their labels
+
 Shapes
     image   (H, W, 3) uint8     label, pred   (H, W) uint8, train ids, 255 = void     omega   (H, W) in [0, 1]
 
-Not here: scores (evaluate.py, which calls this file for --figures and --images), the figure of the bound (bound.py).
-Run `python figures.py` for a demonstration in seconds.
+Not here: scores (evaluate.py), the figure of the bound (bound.py). Run `python figures.py` for a demonstration in seconds.
 """
 
 import json
 import math
+import sys
 import tempfile
 from pathlib import Path
 
+import checkpoint
+
+
+def parse(arguments):
+    p = checkpoint.run_flags("Draw the figures of a finished run into its folder.")
+    p.add_argument("--compare", metavar="RUN", help="a second run, e.g. the baseline: its predictions are drawn beside")
+    p.add_argument("--images", nargs="+", metavar="FILE", help="segment your own pictures instead, overlays into RUN")
+    p.add_argument("--gallery", metavar="FILE.png", help="draw the domains of the drawn world instead; needs no RUN")
+    return p.parse_args(arguments)
+
+
+if __name__ == "__main__":  # before the imports that take seconds, so that --help and a misspelt flag answer at once
+    ARGS = parse(sys.argv[1:])
+
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 import data
-import model
-from evaluate import PROTOCOL, EvaluationError, auroc, make_scorer, pad, predict, replace_file
-from reweight import reliability
+import ppar
+import toy
+from data import VOID, UserError, colours
+from evaluate import auroc, find_targets, make_scorer, predict
+from model import SegmentationNet, load_clip
 
-VOID = data.VOID
 SCENES = 64  # drawn training scenes on which reliability is scored; about 6 of them harmful by default
 DPI = 150  # readable on a screen and in print
-
-
-def colours(ids):
-    """Train ids (H, W) -> colours (H, W, 3) as Cityscapes draws them; void is black."""
-    palette = np.zeros((256, 3), np.uint8)
-    palette[:len(data.COLORS)] = data.COLORS
-    return palette[ids]
 
 
 def _figure(width, height):
@@ -57,12 +67,12 @@ def _finish(fig, path, classes=(*range(len(data.CLASSES)), VOID)):
     if patches:
         fig.legend(handles=patches, loc="outside lower center", ncols=min(10, int(1.1 * fig.get_figwidth())),
                    frameon=False, fontsize=8, handlelength=1.2)
-    replace_file(path, lambda part: fig.savefig(part, dpi=DPI))
+    checkpoint.write_atomically(path, lambda file: fig.savefig(file, dpi=DPI, format="png"))
     return path
 
 
-def figure_predictions(path, rows, title="", inches=3.2):
-    """One line of panels per row. rows: dicts {panel title: array}, all with the same titles; inches: width of a panel.
+def figure_predictions(path, rows, title="", inches=3.2, titles=True):
+    """One line of panels per row. rows: dicts {panel title: array}, as many panels in each; inches: width of a panel.
 
     What an array is can be seen from it: uint8 (H, W, 3) a picture; uint8 (H, W) train ids, drawn in class colours;
     bool (H, W) a mask; float (H, W) a map in [0, 1] with a colour bar, nan (void) in grey.
@@ -81,7 +91,8 @@ def figure_predictions(path, rows, title="", inches=3.2):
                 cmap = colormaps["gray" if array.dtype == bool else "viridis"].with_extremes(bad="0.6")
                 ax.imshow(array, cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
     for column, (name, array) in enumerate(rows[-1].items()):
-        axes[0, column].set_title(name, fontsize=10)
+        if titles:
+            axes[0, column].set_title(name, fontsize=10)
         if array.dtype.kind == "f":
             fig.colorbar(axes[-1, column].images[0], ax=axes[:, column], location="bottom", fraction=0.03, aspect=30)
     fig.suptitle(title, fontsize=11)
@@ -156,136 +167,128 @@ def figure_curves(path, log):
     return _finish(fig, path, classes=())
 
 
-def draw_figures(run, config, device, targets, compare=None):
-    """Every figure that this run has the material for, into its folder; yields the paths."""
-    out, sources = Path(config["out"]), config["source"]
+def draw_figures(run, compare=None):
+    """Every figure that this run has the material for, into its folder. compare: a second checkpoint.Run."""
+    config, out = run.config, Path(run.config.out)
+    targets = find_targets(config)
     for name, items in targets.items():
-        rows = [_prediction_row(run, config, device, item, compare) for item in _spread(items, 4)]
-        yield figure_predictions(out / f"predictions_{name}.png", rows, name + " (unseen)" * (name not in sources))
-    log = out / "log.jsonl"
-    if log.is_file():
-        rows = [json.loads(line) for line in log.read_text().splitlines()]
-        if any("radius_otp" in row for row in rows):
-            yield figure_curves(out / "curves.png", rows)
-    if drawn := [name for name in sources if name.startswith("toy-")]:
-        import toy  # only drawn scenes know which of their pixels are harmful
-
-        scenes = []
-        for index in range(SCENES):
-            image, label, wrong = toy.draw(drawn[0], "train", index, harmful=config.get("harmful") or 0.1)
-            omega = _omega(run, config, device, data.to_tensor(image), torch.from_numpy(label), both=True)
-            scenes.append((image, label, wrong, omega))
-        note = "" if config.get("harmful") else ", spoilt for this figure alone: the run saw them clean"
-        area = figure_reliability(out / "reliability.png", scenes, note)
-        print(f"reliability (Eq. 5) as a detector of harmful pixels in {len(scenes)} source scenes{note}: AUROC {area:.3f}")
-        yield out / "reliability.png"
-    before = _initial_network(run, config, device)
-    if before is not None:
-        groups = {"source": [i for n in sources for i in _spread(data.list_items(n, config["data_root"], "train",
-                                                                                 config.get("holdout", 0)), 12)],
-                  "targets": [i for n, items in targets.items() if n not in sources for i in _spread(items, 4)]}
-        stages = {stage: (run.otp.cpu().numpy(), {group: _pixels(net, items, config, device)
-                                                  for group, items in groups.items() if items})
-                  for stage, net in (("before (CLIP)", before), ("after training", run.net))}
-        yield figure_embedding(out / "embedding.png", stages)
+        rows = [_prediction_row(run, item, compare) for item in data.evenly(items, 4)]
+        title = name + " (unseen)" * (name not in config.source)
+        print("figure:", figure_predictions(out / f"predictions_{name}.png", rows, title))
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] if (out / "log.jsonl").is_file() else []
+    if any("radius_otp" in row for row in log):
+        print("figure:", figure_curves(out / "curves.png", log))
+    if drawn := [name for name in config.source if name.startswith("toy-")]:
+        _draw_reliability(run, drawn[0], out / "reliability.png")
+    _draw_embedding(run, targets, out / "embedding.png")
 
 
-def _spread(items, number):
-    """So many items, evenly spaced: neighbours in a list are often frames of one drive."""
-    number = min(number, len(items))
-    return [items[k * len(items) // number] for k in range(number)]
+def _draw_reliability(run, source, path):
+    """Only drawn scenes know which of their pixels are harmful."""
+    scenes, harmful = [], run.config.harmful or 0.1
+    for index in range(SCENES):
+        image, label, wrong = toy.draw(source, "train", index, harmful=harmful)
+        scenes.append((image, label, wrong, _omega(run, data.to_tensor(image), label, both=True)))
+    note = "" if run.config.harmful else ", spoilt for this figure alone: the run saw them clean"
+    area = figure_reliability(path, scenes, note)
+    print(f"reliability (Eq. 5) as a detector of harmful pixels in {len(scenes)} source scenes{note}: AUROC {area:.3f}")
+    print("figure:", path)
 
 
-def _prediction_row(run, config, device, item, compare):
-    image, label = data.load_image(item), data.load_label(item, config.get("mapillary", "A"))
-    tensor, truth = data.to_tensor(image).to(device), torch.from_numpy(label)
-    how = {key: config[key] for key in PROTOCOL[1:] if key in config}
+def _draw_embedding(run, targets, path):
+    """Before training, pixels are still CLIP's; not drawn if CLIP's file is not at hand any more."""
+    config = run.config
+    try:
+        visual = load_clip(config.clip)[0].visual
+    except UserError as error:
+        print(f"no figure of the embedding: {error}")
+        return
+    net = SegmentationNet(visual, stride=run.ppar.net.arch["stride"]).to(run.ppar.otp.device)
+    before = ppar.PPAR(net, run.ppar.otp).eval()
+    own = [data.list_items(name, config.data_root, "train", config.holdout) for name in config.source]
+    groups = {"source": [item for items in own for item in data.evenly(items, 12)],
+              "targets": [item for name, items in targets.items() if name not in config.source for item in data.evenly(items, 4)]}
+    stages = {stage: (run.ppar.otp.cpu().numpy(), {group: _pixels(module, items, config.mapillary)
+                                                   for group, items in groups.items() if items})
+              for stage, module in (("before (CLIP)", before), ("after training", run.ppar))}
+    print("figure:", figure_embedding(path, stages))
 
-    def predicted(who, flags):
-        score = make_scorer(who.net, who.otp, flags["tau"], flags.get("text_weight", 0.0))
-        return predict(score, tensor, label.shape, **how)
 
+def _prediction_row(run, item, compare):
+    image, label = data.load_pair(item, run.config.mapillary)
+    tensor = data.to_tensor(image).to(run.ppar.otp.device)
     row = {"image": image, "truth": label}
-    if compare:
-        row[f"compared: {compare.path.name}"] = predicted(compare, compare.config)
-    row["prediction" + f": {Path(config['out']).name}" * bool(compare)] = predicted(run, config)
-    omega = _omega(run, config, device, tensor, truth)
-    row["agreement with OTP, Eq. 5"] = np.where(label != VOID, omega, np.nan)
+    for who in filter(None, (compare, run)):
+        title = f"compared: {who.path.name}" if who is compare else "prediction" + f": {who.path.name}" * bool(compare)
+        row[title] = predict(make_scorer(who.ppar, who.config), tensor, label.shape)
+    row["agreement with OTP, Eq. 5"] = np.where(label != VOID, _omega(run, tensor, label), np.nan)
     return row
 
 
-@torch.no_grad()
-def _omega(run, config, device, image, label, both=False):
+def _omega(run, image, label, both=False):
     """Eq. 5 at every pixel of one picture, (H, W); from OTP alone or, as training weighs, from OTP and VTP together."""
-    out = run.net.eval()(pad(image[None].to(device), run.net.encoder.multiple))
-    padded = _pad_label(label, out.emb, run.net.encoder.stride).to(device)
-    omega = reliability(out.emb, padded, run.otp, config["tau_w"])
-    if both and run.vtp is not None:
-        omega = (omega + reliability(out.emb, padded, run.vtp(run.otp, out.emb, out.pooled), config["tau_w"])) / 2
+    device = run.ppar.otp.device
+    out, padded, _ = ppar.look(run.ppar, image.to(device), torch.from_numpy(label).to(device))
+    out = out if both else out._replace(vtp=None)
+    omega = ppar.reliability(out, run.ppar.otp, padded, run.config.tau)
     return omega[0, :label.shape[0], :label.shape[1]].cpu().numpy()
 
 
-def _pad_label(label, emb, stride):
-    """(H, W) -> (1, h * stride, w * stride) int64: void where the image was padded."""
-    bottom, right = emb.shape[2] * stride - label.shape[0], emb.shape[3] * stride - label.shape[1]
-    return F.pad(label.long()[None], (0, right, 0, bottom), value=VOID)
-
-
-def _initial_network(run, config, device):
-    """The network of step 0, in which the pixels are still CLIP's; None if CLIP's file is not at hand any more."""
-    name = config.get("clip")
-    if name == "toy":
-        import toy
-
-        name = toy.CLIP_FILE
-    try:
-        visual = model.load_clip(name)[0].visual
-    except model.ModelError as error:
-        print(f"no figure of the embedding: {error}")
-        return None
-    return model.SegmentationNet(visual, stride=run.net.arch["stride"]).to(device).eval()
-
-
-@torch.no_grad()
-def _pixels(net, items, config, device, per_class=40):
+def _pixels(module, items, mapillary, per_class=40):
     """Cells of some images and their labels, of each class as many as there are, to a limit: emb (n, D), label (n,)."""
-    embs, labels = [], []
+    device, embs, labels = module.otp.device, [], []
     for item in items:
-        label = torch.from_numpy(data.load_label(item, config.get("mapillary", "A")))
-        emb = net(pad(data.to_tensor(data.load_image(item))[None].to(device), net.encoder.multiple)).emb
-        grid = _pad_label(label, emb, net.encoder.stride)[:, None].float()
-        embs.append(emb[0].flatten(1).T.cpu().numpy())
-        labels.append(F.interpolate(grid, size=emb.shape[2:], mode="nearest-exact").flatten().byte().numpy())
+        image, label = data.load_pair(item, mapillary)
+        out, _, grid = ppar.look(module, data.to_tensor(image).to(device), torch.from_numpy(label).to(device))
+        embs.append(out.emb[0].flatten(1).T.cpu().numpy())
+        labels.append(grid.flatten().byte().cpu().numpy())
     emb, label = np.concatenate(embs), np.concatenate(labels)
     rng = np.random.default_rng(0)
     chosen = np.concatenate([rng.permutation(np.flatnonzero(label == c))[:per_class] for c in range(len(data.CLASSES))])
     return emb[chosen], label[chosen]
 
 
-def segment_pictures(run, config, device, files):
+def segment_pictures(run, files):
     """Predictions laid over pictures that have no label: RUN/overlay_NAME.png."""
-    score = make_scorer(run.net, run.otp, config["tau"], config.get("text_weight", 0.0))
-    written = set()
+    score, written = make_scorer(run.ppar, run.config), set()
     for file in files:
         try:
             image = np.asarray(ImageOps.exif_transpose(Image.open(file)).convert("RGB"))
         except Exception as error:
-            raise EvaluationError(f"{file} is no picture that can be read ({type(error).__name__}); "
-                                  f"give a JPEG or PNG.") from None
-        pred = predict(score, data.to_tensor(image).to(device), image.shape[:2],
-                       **{key: config[key] for key in PROTOCOL[1:] if key in config})
+            raise UserError(f"{file} is no picture that can be read ({type(error).__name__}); give a JPEG or PNG.") from None
+        pred = predict(score, data.to_tensor(image).to(run.ppar.otp.device), image.shape[:2])
         path = run.path / f"overlay_{Path(file).stem}.png"
         while path in written:  # a.jpg and other/a.jpg
             path = path.with_stem(path.stem + "_2")
         over = (0.45 * image + 0.55 * colours(pred)).astype(np.uint8)
         written.add(figure_predictions(path, [{Path(file).name: image, "prediction": over}], inches=7))
-        print(f"figure: {path}")
+        print("figure:", path)
+
+
+def gallery(path, scenes=3):
+    """The domains of the drawn world, a row each: scenes beside their labels."""
+    rows = []
+    for domain in toy.DOMAINS:
+        drawn = [toy.draw(domain, "val", k)[:2] for k in range(scenes)]
+        rows.append({f"{domain} {name} {k}": array for k, pair in enumerate(drawn) for name, array in zip(("scene", "label"), pair)})
+    print("figure:", figure_predictions(path, rows, " / ".join(name.removeprefix("toy-") for name in toy.DOMAINS), inches=2, titles=False))
+
+
+def main(args):
+    """The figures of a finished run, or of the drawn world; without arguments, the demonstration."""
+    if args == parse([]):
+        return _demo()
+    with checkpoint.one_sentence(args.run or args.gallery):
+        if args.gallery:
+            return gallery(args.gallery)
+        run = checkpoint.open_run(args)
+        if args.images:
+            return segment_pictures(run, args.images)
+        draw_figures(run, checkpoint.load_run(args.compare, run.ppar.otp.device) if args.compare else None)
 
 
 def _demo():
     """A made-up opinion that suspects just the harmful pixels of two drawn scenes, drawn and scored."""
-    import toy
-
     scenes = []
     for index in range(2):
         image, label, wrong = toy.draw("toy-gta5", "train", index, harmful=1.0)
@@ -298,4 +301,4 @@ def _demo():
 
 
 if __name__ == "__main__":
-    _demo()
+    main(ARGS)

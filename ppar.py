@@ -109,14 +109,18 @@ def learning_weights(out, otp, label, config, ramp, reduce=lambda x: x):
     """Eq. 5 and 6 as the flags ask: the weight of each pixel of label (at any resolution), 0 on void, no gradient."""
     weight = (label != VOID).float()
     if config.reweight != "none" and ramp > 0:  # a network that has learnt nothing has no opinion worth trusting
-        omega = reliability(out, otp, label, config.tau)
-        if config.reweight == "image":
-            omega = reweight.image_reliability(omega, label, reduce)
-        weight = reweight.learning_weights(omega, label, ramp, per_class=config.reweight != "batch", reduce=reduce)
+        weight = weights_of(reliability(out, otp, label, config.tau), label, config, ramp, reduce)
     if config.balance > 0:  # a control, not of the paper: n_c^-balance, n_c the pixels of the class in the batch
         count = reduce(torch.bincount(label.flatten(), minlength=VOID + 1)).clamp_min(1)
         weight = weight * count.float().pow(-config.balance)[label]
     return weight
+
+
+def weights_of(omega, label, config, ramp, reduce=lambda x: x):
+    """Eq. 6 in the form that --reweight names: class, batch or image."""
+    if config.reweight == "image":
+        omega = reweight.image_reliability(omega, label, reduce)
+    return reweight.learning_weights(omega, label, ramp, per_class=config.reweight != "batch", reduce=reduce)
 
 
 def reliability(out, otp, label, tau):
