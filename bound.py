@@ -26,9 +26,7 @@ Not here: the proofs (theory.md), the losses that move the terms (align.py, rewe
 `python bound.py RUN` measures a finished run. Run `python bound.py` for a demonstration in seconds.
 """
 
-import math
 import sys
-from pathlib import Path
 
 import checkpoint
 

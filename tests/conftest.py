@@ -130,3 +130,37 @@ def world(tmp_path_factory):
     archive = write_archive(make_clip("resnet", layers=(1, 1, 1, 1)), folder / "archive.pt")
     vit = write_state_dict(make_clip("vit", layers=2), folder / "vit.pt")
     return dict(flags=[*FLAGS, *flags], root=folder / "data", archive=archive, vit=vit)
+
+
+@pytest.fixture(scope="session")
+def net():
+    """A small network with random weights."""
+    from workbench import small_net
+
+    return small_net()
+
+
+@pytest.fixture(scope="session")
+def otp():
+    import prototypes
+
+    return prototypes.random_prototypes(19, 24)
+
+
+@pytest.fixture
+def run(tmp_path, net, otp):
+    """A run folder as train.py leaves it, of `net` and `otp`, and a data root with three targets: (its path, its flags)."""
+    import torch
+
+    import prototypes
+
+    write_tiny(tmp_path / "data", "bdd", n=3, size=(40, 72), split="val")
+    torch.manual_seed(0)
+    vtp = prototypes.VisualTextPrototypes(24, width=32, layers=2)
+    config = dict(source=("toy-gta5",), targets=("bdd",), data_root=str(tmp_path / "data"), mapillary="A", holdout=0,
+                  tau=0.07, method="ppar", text_weight=0.25, harmful=0.1, reweight="class", batch=2, seed=0, clip="toy",
+                  out="elsewhere", workers=8, steps=7)
+    (tmp_path / "run").mkdir()
+    state = dict(model=net.state_dict(), vtp=vtp.state_dict(), otp=otp, arch=net.arch, config=config, step=7, optimizer={})
+    torch.save(state, tmp_path / "run" / "last.pt")
+    return tmp_path / "run", config

@@ -1,12 +1,15 @@
-"""workbench.py: what the tests of train.py and ppar.py share: train.main in this process, one batch, one step, comparisons."""
+"""workbench.py: what several tests share: train.main in this process, one batch, one step, a small network, comparisons."""
 
 import contextlib
+from types import SimpleNamespace
 
 import torch
 from kill_and_resume import difference, read_log, read_state
+from make_clip import make_clip
 
 import data
 import evaluate
+import model
 import ppar
 import train
 
@@ -76,3 +79,15 @@ def assert_close(grads, others, tolerance=1e-5):
 
 def is_one_sentence(text):
     return text and "Traceback" not in text and text.startswith("error: ") and len(text) < 1500
+
+
+def small_net(kind="resnet", seed=0):
+    """A network of joint width 24, with random weights."""
+    torch.manual_seed(seed)
+    layers = (1, 1, 1, 1) if kind == "resnet" else 2
+    return model.SegmentationNet(make_clip(kind, dim=24, layers=layers, vocabulary=100, context=8).visual, width=32).eval()
+
+
+def scorer(net, otp, beta=0.0):
+    """evaluate.make_scorer at tau 0.07."""
+    return evaluate.make_scorer(ppar.PPAR(net, otp), SimpleNamespace(tau=0.07, text_weight=beta))
