@@ -54,8 +54,8 @@ IMAGES = 200  # images read of each domain, evenly spaced: the theorem is then a
 
 
 def score_loss(emb, label, prototypes, tau):
-    """Eq. 8: cross-entropy of <z, p_c> / tau over the prototypes, (N,): Eq. 3 for unit z, here for every z of the space."""
-    return F.cross_entropy(emb @ prototypes.T / tau, label, reduction="none")
+    """Eq. 8: cross-entropy of <z, p_c> / tau over the prototypes, (N,), 0 on void: Eq. 3, for any z of the space."""
+    return F.cross_entropy(emb @ prototypes.T / tau, label, ignore_index=VOID, reduction="none")
 
 
 def lipschitz_per_class(prototypes, tau):
@@ -174,7 +174,7 @@ def measure(run, items, limit=IMAGES, weights=False):
             for row, weight in zip(rows[-len(batch):], _batch_weights(batch, config)):
                 row["weight"] = weight.double().cpu()
             batch = []
-    domain = {name: torch.cat([row[name] for row in rows]) for name in rows[0]} | dict(images=len(rows))
+    domain = {name: torch.cat([row[name] for row in rows]) for name in rows[0]} | dict(images=sum(len(row["label"]) > 0 for row in rows))
     if not len(domain["label"]):
         raise UserError(f"{items[0].dataset}: none of the {len(rows)} images read has a labelled pixel; check the labels.")
     domain["label"] = domain["label"].long()

@@ -5,7 +5,7 @@ folders, other ids, other file formats. One table (DATASETS) holds all of that k
 download left them. What leaves this file looks the same whatever went in, so any data set can be source or target.
 
 A training sample is a pure function of (seed, n), n its number in the run: no generator lives from one sample to the
-next. So any number of workers, processes or restarts sees the same samples, and resuming is asking for a later n.
+next. So any number of workers, processes or restarts yields the same samples, and resuming is asking for a later n.
 
     view     a scale in 0.5 .. 2, then the first varied one of 10 windows of crop size; flip; colour jitter; blur
     cheap    Decoding a PNG costs more than all else, so nothing else may touch a whole picture: the window is chosen on
@@ -27,6 +27,7 @@ import os
 import re
 import sys
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +55,7 @@ TOY_SCENES = {"train": 400, "val": 40}
 # our reading: the abstract names no augmentation; kinds and ranges are those of the nearest recipes (RobustNet, FAMix).
 SCALES = (0.5, 2.0)      # uniform
 CROP_TRIES = 10          # windows looked at until one is varied enough
-MAX_SHARE = 0.75         # of the labelled pixels, for the largest class: road alone teaches little
+LARGEST = 0.75           # of the labelled pixels, for the largest class: road alone teaches little
 JITTER = 0.4             # brightness, contrast and saturation are multiplied by 0.6 .. 1.4
 HUE = 0.1                # turns of the colour circle, either way
 BLUR = (0.5, 0.15, 1.3)  # probability, least and largest sigma in pixels
@@ -62,27 +63,10 @@ PATIENCE = 10            # bad pairs in a row that training survives
 
 
 class UserError(ValueError):
-    """Something is wrong with the user's files or flags. The message is one sentence: what, where, and the remedy."""
-
-
-class SplitMissing(UserError):
-    """The split is not on disk at all, which is no fault of a data set that is only wanted for its other one."""
+    """Something that the user can mend. The message is one sentence: what, where, and the remedy."""
 
 
 # --------------------------------------------------------------------------------------------- ids: from theirs to ours
-
-
-def colours(ids):
-    """Train ids (..., ) -> (..., 3) uint8, as Cityscapes draws them; void is black."""
-    palette = np.zeros((256, 3), np.uint8)
-    palette[:len(COLORS)] = COLORS
-    return palette[ids]
-
-
-def evenly(items, number):
-    """So many items, evenly spaced: neighbours in a list are often frames of one drive."""
-    number = min(number, len(items))
-    return [items[k * len(items) // number] for k in range(number)]
 
 
 def _table(known, ids):
@@ -104,11 +88,12 @@ _CAMVID = {0: 10, 1: 2, 2: 5, 3: 0, 4: 1, 5: 8, 6: 7, 7: 4, 8: 13, 9: 11, 10: 12
 
 TABLES = {
     "train": _table([VOID], {c: c for c in range(19)}),
-    "gta5": _table(range(35), _CITYSCAPES),        # 34: license plate, void; in Cityscapes it is -1 and not drawn
+    "gta5": _table(range(35), _CITYSCAPES),        # 34: license plate, void
     "cityscapes": _table(range(34), _CITYSCAPES),  # 255 is no label id: a file that has it holds train ids
     "synthia": _table(range(23), _SYNTHIA),
+    # our reading: two conventions are in use and their scores do not compare; A is the default.
     "mapillary-A": _table(range(66), _MAPILLARY | {41: 0}),       # RobustNet, FAMix, WildNet, SHADE
-    "mapillary-B": _table(range(66), _MAPILLARY | _MAPILLARY_B),  # Rein, SoMA: their scores do not compare with A's
+    "mapillary-B": _table(range(66), _MAPILLARY | _MAPILLARY_B),  # Rein, SoMA
     "camvid": _table(range(12), _CAMVID),
 }
 
@@ -119,26 +104,11 @@ def _id_table(table, mapillary):
     return TABLES[f"mapillary-{mapillary}" if table == "mapillary" else table]
 
 
-def train_ids(raw_label, dataset, mapillary="A"):
-    """Ids as the data set stores them, any integer type -> uint8 train ids. An id outside the table is a UserError."""
-    raw, table = np.asarray(raw_label), _spec(dataset).table
-    if raw.dtype != np.uint8:
-        if table in ("gta5", "cityscapes"):
-            raw = np.where(raw == -1, 0, raw)  # license plate; like 0 (unlabeled) it is void
-        if raw.dtype.kind not in "iu" or raw.size and (raw.min() < 0 or raw.max() > 255):
-            raise UserError(f"label ids of {dataset} are integers from 0 to 255; these ({raw.dtype}) are not.")
-        raw = raw.astype(np.uint8)
-    return _look_up(raw, table, mapillary)
-
-
-def _look_up(raw, table, mapillary="A"):
-    label = _id_table(table, mapillary)[raw]
-    if (label == UNKNOWN).any():
-        ids = np.unique(raw[label == UNKNOWN]).tolist()
-        listed = ", ".join(map(str, ids[:8])) + " ..." * (len(ids) > 8)
-        raise UserError(f"ids {listed} are not in the table `{table}`: use the official label files (ids, and neither "
-                        "colours nor another kind of ids).")
-    return label
+def colours(ids):
+    """Train ids -> (..., 3) uint8, their colours in Cityscapes; void is black."""
+    palette = np.zeros((256, 3), np.uint8)
+    palette[:len(COLORS)] = COLORS
+    return palette[ids]
 
 
 # --------------------------------------------------------------------------------------------- folders: where pairs lie
@@ -191,7 +161,7 @@ class Item:
     image: str             # a path, or "domain/split/index" of a drawn scene
     label: str             # a path, or "" for a drawn scene, whose label comes with it
     table: str             # how the label's ids are to be read
-    harmful: float = 0.0   # drawn scenes only: share of the training scenes with wrong regions
+    harmful: float = 0.0   # drawn scenes only: fraction of the training scenes with wrong regions
 
 
 def list_items(name, root, split, holdout=0, harmful=0.0):
@@ -208,7 +178,10 @@ def list_items(name, root, split, holdout=0, harmful=0.0):
 
 
 def _list(name, root, split, holdout=0, harmful=0.0):
-    """list_items with its problems (images without label) as a list, for --check, which wants to know them all."""
+    """(items, problems), for list_items, which raises the first problem, and for --check, which prints them all.
+
+    items is None where the split is not on disk: no fault of a data set that is only wanted for its other one.
+    """
     spec = _spec(name)
     if split not in ("train", "val"):
         raise UserError(f"there is no split {split!r}: choose train or val.")
@@ -218,14 +191,14 @@ def _list(name, root, split, holdout=0, harmful=0.0):
     if harmful > 0:
         raise UserError(f"{name}: harmful scenes (--harmful {harmful}) can only be drawn: use a toy-* source, or 0.")
     if not os.path.isdir(root):
-        raise UserError(f"the data root {root} is not a folder: give the one that holds {spec.folder}/ as --data-root.")
+        return None, [f"the data root {root} is not a folder: give the one that holds {spec.folder}/ as --data-root."]
     withhold = spec.undivided and (holdout or split == "val") and not _pairs(name, root, "val")
     disk_split = "train" if withhold else split
     items, problems = _pairs(name, root, disk_split) or _missing(name, root, disk_split)
-    if not withhold:
+    if not withhold or not items:
         return items, problems
     if not holdout:
-        raise SplitMissing(f"{name} has no val split on disk: give --holdout N to withhold N training pairs.")
+        return None, [f"{name} has no val split on disk: give --holdout N to withhold N training pairs."]
     held = {int((i + 0.5) * len(items) / holdout) for i in range(holdout)}
     chosen = [item for i, item in enumerate(items) if (i in held) == (split == "val")]
     if not chosen:
@@ -291,13 +264,19 @@ def _fill(pattern, key=()):
 
 
 def _missing(name, root, split):
-    """Say what was looked for and what should be there. No folder may be silently empty."""
+    """_list's answer where nothing was found: what was looked for and what should be there."""
     places = list(_patterns(name, root, split))[:4]  # Cityscapes' weather folders are left unsaid
     unlabelled = [labels for images, labels in places if next(_walk(*images, ends=IMAGE_ENDS), None)]
     looked = " or ".join(dict.fromkeys(_fill(pattern) for pattern in unlabelled or [images for images, _ in places]))
     tree = "\n or\n".join(f"  {_fill(images)}\n  {_fill(labels)}" for images, labels in places)
-    what, kind = ("images but no label", UserError) if unlabelled else ("no images", SplitMissing)
-    raise kind(f"the {split} split of {name} has {what}: looked for {looked}; expected tree:\n{tree}")
+    items, what = ([], "images but no label") if unlabelled else (None, "no images")
+    return items, [f"the {split} split of {name} has {what}: looked for {looked}; expected tree:\n{tree}"]
+
+
+def evenly(items, number):
+    """So many items, evenly spaced, or all where there are fewer: neighbours in a list are often frames of one drive."""
+    number = min(number, len(items))
+    return [items[k * len(items) // number] for k in range(number)]
 
 
 # ------------------------------------------------------------------------------------------- files: from disk to arrays
@@ -310,14 +289,23 @@ def load_image(item):
 
 def load_label(item, mapillary="A"):
     """(H, W) uint8 train ids."""
-    return _ids(item, np.asarray(_open_label(item)), mapillary)
+    return _train_ids(item, np.asarray(_open_label(item)), mapillary)
 
 
 def load_pair(item, mapillary="A"):
-    """(image (H, W, 3) uint8, label (H, W) uint8 train ids) of one item; other sizes than each other's are refused."""
-    image, label = _open_image(item), _open_label(item)
-    _same_size(item, image, label)
-    return np.array(image), _ids(item, np.asarray(label), mapillary)
+    """(image, label), of one size or refused."""
+    label = _open_label(item)
+    image = _open_image(item, label.size)
+    return np.array(image), _train_ids(item, np.asarray(label), mapillary)
+
+
+def check_pairs(items, sample=32, mapillary="A"):
+    """Open pairs in full, evenly spaced over the list (all of a small one): what is wrong is found before step 0.
+
+    A sample, because training should start at once and 25,000 pairs take most of an hour; `--check` reads them all.
+    """
+    for item in evenly(items, sample):
+        load_pair(item, mapillary)
 
 
 def to_tensor(image):
@@ -328,20 +316,20 @@ def to_tensor(image):
 
 
 @functools.lru_cache(maxsize=512)
-def _scene(domain, split, index, harmful):
-    return [Image.fromarray(array) for array in toy.draw(domain, split, index, harmful=harmful)[:2]]
-
-
 def _drawn(item):
     domain, split, index = item.image.split("/")
-    return _scene(domain, split, int(index), item.harmful)
+    return [Image.fromarray(array) for array in toy.draw(domain, split, int(index), harmful=item.harmful)[:2]]
 
 
-def _open_image(item, rows=None):
-    """The picture in RGB. With rows, a PNG is decoded so far and no further: it is a stream, from top to bottom."""
+def _open_image(item, size=None, rows=None):
+    """The picture in RGB. With size (w, h), that of the label, another is refused. With rows, a PNG, which is a stream
+    from top to bottom, is decoded so far and no further."""
     if not item.label:
         return _drawn(item)[0]
     with _reading(item.image) as image:
+        if size and image.size != size:
+            raise UserError(f"{item.label} is {size[0]}x{size[1]} but its image {item.image} is {image.width}x"
+                            f"{image.height}: fetch the pair again or remove it.")
         if rows and image.format == "PNG" and not image.info.get("interlace"):
             _change_tile(image, height=min(rows, image.height))
         image.load()
@@ -384,36 +372,15 @@ def _change_tile(image, raw_mode=None, height=None):
     image.tile = [(codec, (left, top, right, height or bottom), offset, raw_mode or stored)]
 
 
-def _ids(item, raw, mapillary="A"):
-    try:
-        return _look_up(raw, item.table, mapillary)
-    except UserError as error:
-        raise UserError(f"{item.label}: {error}") from None
-
-
-def _same_size(item, image, label):
-    if image.size != label.size:
-        raise UserError(f"{item.label} is {label.width}x{label.height} but its image {item.image} is {image.width}x"
-                        f"{image.height}: fetch the pair again or remove it.")
-
-
-def check_pairs(items, sample=32, mapillary="A"):
-    """Open pairs in full, evenly spaced over the list (all of a small one): what is wrong is found before step 0.
-
-    A sample, because training should start at once and 25,000 pairs take most of an hour; `--check` reads them all.
-    """
-    count = min(sample, len(items))
-    for i in range(count):
-        _examine(items[(2 * i + 1) * len(items) // (2 * count)], mapillary)
-
-
-def _examine(item, mapillary="A"):
-    """Read a pair in full -> ((width, height), how often each raw id occurs (256)). UserError if anything is wrong."""
-    image, label = _open_image(item), _open_label(item)
-    _same_size(item, image, label)
-    count = np.array(label.histogram()[:256])
-    _ids(item, np.flatnonzero(count).astype(np.uint8), mapillary)
-    return image.size, count
+def _train_ids(item, raw, mapillary):
+    """Ids as stored, any shape, uint8 -> uint8 train ids. An id outside the table is refused, not guessed."""
+    label = _id_table(item.table, mapillary)[raw]
+    if (label == UNKNOWN).any():
+        ids = np.unique(raw[label == UNKNOWN]).tolist()
+        listed = ", ".join(map(str, ids[:8])) + " ..." * (len(ids) > 8)
+        raise UserError(f"{item.label}: ids {listed} are not in the table `{item.table}`: use the official label files "
+                        "(ids, and neither colours nor another kind of ids).")
+    return label
 
 
 # ----------------------------------------------------------------------------------------- views: from files to samples
@@ -436,7 +403,7 @@ def random_view(size, crop, scale, rng):
 
 
 def varied_view(label, table, crop, scale, rng):
-    """The first of CROP_TRIES windows in which no class has more than MAX_SHARE, else the most varied -> (view, patch).
+    """The first of CROP_TRIES windows in which no class has more than LARGEST, else the most varied -> (view, patch).
 
     Only the label is looked at. Its raw ids are counted and the 256 counts folded by the table: cheaper at every try
     than translating the pixels. A window without any label is the worst of all.
@@ -446,10 +413,10 @@ def varied_view(label, table, crop, scale, rng):
         view = random_view(label.size, crop, scale, rng)
         patch = label.resize(view[1], Image.NEAREST, box=view[0])  # nearest: ids have no mean
         count = np.bincount(table, weights=patch.histogram()[:256], minlength=256)[:len(CLASSES)]
-        share = count.max() / count.sum() if count.any() else math.inf
-        if best is None or share < best[0]:
-            best = share, view, patch
-        if share <= MAX_SHARE:
+        largest = count.max() / count.sum() if count.any() else math.inf
+        if best is None or largest < best[0]:
+            best = largest, view, patch
+        if largest <= LARGEST:
             break
     return best[1:]
 
@@ -484,9 +451,9 @@ def training_view(item, crop, rng, mapillary="A", augment=True):
     scale = rng.uniform(*SCALES) if augment else 1.0
     (box, size, offset), patch = varied_view(label, _id_table(item.table, mapillary), crop, scale, rng)
     reach = max(1.0, 1 / scale)  # a bilinear pixel looks this far beyond the box
-    image = _open_image(item, rows=math.ceil(box[3] + reach) + 1)
-    _same_size(item, image, label)
-    image, label = image.resize(size, Image.BILINEAR, box=box), _ids(item, np.asarray(patch), mapillary)
+    image = _open_image(item, label.size, rows=math.ceil(box[3] + reach) + 1)
+    image = image.resize(size, Image.BILINEAR, box=box)
+    label = _train_ids(item, np.asarray(patch), mapillary)
     if augment:
         if rng.random() < 0.5:
             image, label = image.transpose(Image.FLIP_LEFT_RIGHT), label[:, ::-1]
@@ -506,10 +473,9 @@ class TrainingStream:
     within a source the pairs come in a new random order each epoch. __getitem__ and __len__ are all that a DataLoader
     asks of a data set, so this is a plain class.
 
-    A bad file met in training: the next pair of the order takes its place, and one warning names the file. A run of
-    days must not die in hour ten of one broken file among 25,000, and one more view of another picture does no harm.
-    What is bad depends on the file alone, so sample n stays a function of (seed, n). Evaluation is another matter: a
-    skipped file would change the score, so it refuses. If PATIENCE pairs in a row fail, it is not the files: we stop.
+    A bad file met in training: the next pair of the order takes its place, and one warning names the file, for a run of
+    days must not die in hour ten of one broken file among 25,000. What is bad depends on the file alone, so sample n
+    stays a function of (seed, n). If PATIENCE pairs in a row fail, it is not the files: we stop.
     """
 
     def __init__(self, sources, crop, seed, mapillary="A", augment=True):
@@ -560,27 +526,18 @@ class TrainingStream:
 
 def check(names, root, mapillary="A", mosaic=None, workers=None):
     """Read every pair of the data sets, print what is there and what is wrong -> the problems, one sentence each."""
-    problems, rows = [], []
+    problems, rows = [], {}
     for name in names:
-        absent = []
-        _spec(name)
-        for split in ("train", "val"):
-            try:
-                items, found = _list(name, root, split)
-            except SplitMissing as error:
-                absent.append(str(error))
-                continue
-            except UserError as error:  # a wrong data root, say, is one problem and not one per split
-                items, found = [], [str(error)] if str(error) not in problems else []
-            sizes, count, bad = _scan(items, f"{name} {split}", workers)
-            _print_report(name, split, items, sizes, count, mapillary)
-            for problem in found + bad:
+        splits = {f"{name} {split}": _list(name, root, split) for split in ("train", "val")}
+        on_disk = {title: listed for title, listed in splits.items() if listed[0] is not None}
+        # One of the two is enough: a target needs no train split, a source no val split.
+        for title, (items, faults) in (on_disk or {name: ([], splits[f"{name} train"][1])}).items():
+            faults = faults + _report(title, items, mapillary, workers)
+            for problem in faults:
                 print("  PROBLEM " + problem)
-            problems += found + bad
-            rows += [(f"{name} {split}", items)] if items else []
-        if len(absent) == 2:  # one is enough: a target needs no train split, a source no val split
-            print(f"\n{name}\n  PROBLEM {absent[0]}")
-            problems.append(absent[0])
+            problems += faults
+            if items:
+                rows[title] = items
     if mosaic and rows:
         _save_mosaic(rows, mosaic, mapillary)
         print(f"\n{mosaic} shows a few pairs with their labels drawn over: look whether they fit.")
@@ -588,62 +545,59 @@ def check(names, root, mapillary="A", mosaic=None, workers=None):
     return problems
 
 
-def _scan(items, title, workers):
-    """Examine all pairs in parallel -> ({size: pairs}, {table: 256 counts of raw ids}, [problems])."""
+def _report(title, items, mapillary, workers):
+    """Read all pairs of a split, in parallel, and print sizes, ids and classes -> the problems."""
     from concurrent.futures import ProcessPoolExecutor
 
     from tqdm import tqdm
-    sizes, count, bad = {}, {}, []
-    if items:
-        with ProcessPoolExecutor(min(workers or os.cpu_count(), len(items))) as pool:
-            results = pool.map(_try_examine, items, chunksize=min(16, 1 + len(items) // 16))
-            for result, item in zip(tqdm(results, title, len(items), unit="pair", dynamic_ncols=True), items):
-                if isinstance(result, str):
-                    bad.append(result)
-                else:
-                    sizes[result[0]] = sizes.get(result[0], 0) + 1
-                    count[item.table] = count.get(item.table, 0) + result[1]
-    return sizes, count, bad
+    sizes, raw_ids, problems = Counter(), np.zeros(256, int), []
+    with ProcessPoolExecutor(min(workers or os.cpu_count(), len(items) or 1)) as pool:
+        results = pool.map(_examine, items, chunksize=min(16, 1 + len(items) // 16))
+        for problem, size, count in tqdm(results, title, len(items), unit="pair", dynamic_ncols=True, disable=not items):
+            if problem:
+                problems.append(problem)
+            else:
+                sizes[size] += 1
+                raw_ids += count
+    print(f"\n{title}: {len(items)} pairs")
+    if sizes:
+        table = items[0].table
+        pixels = np.bincount(_id_table(table, mapillary), raw_ids, 256)[[*range(len(CLASSES)), VOID]]
+        percent = dict(zip((*CLASSES, "void"), 100 * pixels / pixels.sum()))
+        listed = ", ".join(f"{w}x{h} ({number})" for (w, h), number in sizes.most_common(5))
+        print(f"  sizes  {listed}" + " ..." * (len(sizes) > 5))
+        print(f"  ids    {' '.join(map(str, np.flatnonzero(raw_ids)))} (of `{table}`)")
+        print("  share  " + ", ".join(f"{c} {p:.2f} %" for c, p in percent.items() if p))
+        print("  absent " + (", ".join(c for c, p in percent.items() if not p) or "none"))
+    return problems
 
 
-def _try_examine(item):
+def _examine(item):
+    """Read a pair in full -> (problem or "", (width, height), how often each raw id occurs (256))."""
     try:
-        return _examine(item)
+        label = _open_label(item)
+        size = _open_image(item, label.size).size
+        count = np.array(label.histogram()[:256])
+        _train_ids(item, np.flatnonzero(count), "A")  # A and B know the same ids
+        return "", size, count
     except UserError as error:
-        return str(error)
+        return str(error), None, None
 
 
-def _print_report(name, split, items, sizes, count, mapillary):
-    print(f"\n{name} {split}: {len(items)} pairs")
-    if not count:
-        return
-    common = sorted(sizes, key=sizes.get, reverse=True)
-    print("  sizes  " + ", ".join(f"{w}x{h} ({sizes[w, h]})" for w, h in common[:5]) + " ..." * (len(common) > 5))
-    pixels = sum(np.bincount(_id_table(table, mapillary), raw, 256) for table, raw in count.items())
-    share = dict(zip((*CLASSES, "void"), 100 * pixels[[*range(len(CLASSES)), VOID]] / pixels.sum()))
-    print("  ids    " + "; ".join(f"{' '.join(map(str, np.flatnonzero(raw)))} (of `{t}`)" for t, raw in count.items()))
-    print("  share  " + ", ".join(f"{c} {p:.2f} %" for c, p in share.items() if p))
-    print("  absent " + (", ".join(c for c, p in share.items() if not p) or "none"))
-
-
-def _save_mosaic(rows, path, mapillary, columns=6, height=160):
-    """A line of evenly spaced pairs per row (title, items), class colours drawn over by half, void left as it is."""
-    picture = Image.new("RGB", (columns * 2 * height, len(rows) * (height + 16)), "white")
-    colors = np.zeros((256, 3), np.uint8)
-    colors[:len(COLORS)] = COLORS
-    for y, (title, items) in zip(range(0, picture.height, height + 16), rows):
-        ImageDraw.Draw(picture).text((4, y + 2), title, fill="black")
-        x, step = 0, max(1, len(items) // columns)
-        for item in items[step // 2::step][:columns]:
+def _save_mosaic(rows, path, mapillary):
+    """A row of evenly spaced pairs for every {title: items}, colours of the classes over half of the image, void bare."""
+    picture = Image.new("RGB", (1920, 176 * len(rows)), "white")
+    for row, (title, items) in enumerate(rows.items()):
+        ImageDraw.Draw(picture).text((4, 176 * row + 2), title, fill="black")
+        x = 0
+        for item in evenly(items, 6):
             try:
-                _examine(item)
+                image, label = load_pair(item, mapillary)
             except UserError:
                 continue  # named in the report
-            image, label = load_image(item), load_label(item, mapillary)
-            image = np.where((label == VOID)[..., None], image, image // 2 + colors[label] // 2)
-            tile = Image.fromarray(image)
-            tile.thumbnail((2 * height - 4, height))
-            picture.paste(tile, (x, y + 16))
+            tile = Image.fromarray(np.where((label == VOID)[..., None], image, image // 2 + colours(label) // 2))
+            tile.thumbnail((316, 160))
+            picture.paste(tile, (x, 176 * row + 16))
             x += tile.width + 4
     try:
         picture.save(path)
@@ -652,32 +606,22 @@ def _save_mosaic(rows, path, mapillary, columns=6, height=160):
 
 
 def _demo():
-    """Pictures painted in the colours of their own classes, so that every view can be checked: they must agree."""
+    """A picture painted in the colours of its own classes, so that every view can be checked: they must agree."""
     import tempfile
-    rng, raw_id = np.random.default_rng(0), {train: raw for raw, train in _CITYSCAPES.items()}
+    classes = np.random.default_rng(0).integers(0, 19, (6, 8)).repeat(20, 0).repeat(20, 1)
     with tempfile.TemporaryDirectory() as root:
-        for part in ("images", "labels"):
-            os.makedirs(os.path.join(root, "gta5", part))
-        for i in range(4):
-            classes = rng.integers(0, 19, (6, 8)).repeat(20, 0).repeat(20, 1)
-            ids = np.vectorize(raw_id.get)(classes).astype(np.uint8)
-            Image.fromarray(COLORS[classes]).save(os.path.join(root, "gta5", "images", f"{i:05d}.png"))
-            Image.fromarray(ids).save(os.path.join(root, "gta5", "labels", f"{i:05d}.png"))
+        for folder, array in (("images", COLORS[classes]), ("labels", np.array([*_CITYSCAPES], np.uint8)[classes])):
+            os.makedirs(os.path.join(root, "gta5", folder))
+            Image.fromarray(array).save(os.path.join(root, "gta5", folder, "00001.png"))
         items = list_items("gta5", root, "train")
-        print(f"{len(items)} pairs found in the layout of {items[0].dataset}, label ids {np.unique(ids)[:5]} ...")
-
         image, label = training_view(items[0], (200, 100), np.random.default_rng(0), augment=False)
-        nearest = np.abs(image[:, :, None].astype(int) - COLORS).sum(-1).argmin(-1)
-        agree = (nearest == label)[label != VOID].mean()
-        print(f"a 200x100 view of a 120x160 picture: {(label == VOID).mean():.0%} padding, colour and label agree on "
-              f"{agree:.0%} of the rest")
-        stream, again = TrainingStream([items], 64, seed=1), TrainingStream([items], 64, seed=1)
-        late = [again[n] for n in (70, 3)]
-        same = all((stream[n][part] == late[k][part]).all() for n, k in ((3, 1), (70, 0)) for part in (0, 1))
-        print(f"samples 3 and 70, asked for in another order of another stream, are the same bits: {bool(same)}")
-    if toy:
-        item = list_items("toy-bdd", None, "val")[0]
-        print(f"{item.image} is drawn: {load_image(item).shape}, {len(np.unique(load_label(item)))} ids")
+        first, again = TrainingStream([items], 64, seed=1)[70], TrainingStream([items], 64, seed=1)[70]
+    nearest = np.abs(image[:, :, None].astype(int) - COLORS).sum(-1).argmin(-1)
+    agree = (nearest == label)[label != VOID].mean()
+    print(f"a 200x100 view of a 120x160 picture: {(label == VOID).mean():.0%} padding, colour and label agree on "
+          f"{agree:.0%} of the rest")
+    same = all((one == other).all() for one, other in zip(first, again))
+    print(f"sample 70 of two streams of one seed: {'the same bits' if same else 'different'}")
     assert agree == 1 and same
 
 

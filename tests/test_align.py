@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import align
-from align import VOID, alignment_loss, progress, progressive_alignment_loss
+from align import VOID, alignment_loss, alignment_map, progress, progressive_alignment_map
 
 torch.set_num_threads(1)
 
@@ -292,45 +292,26 @@ def test_progress_depends_on_the_fraction_of_the_run_alone():
         assert progress(step, 10, 0.1, 0.7) == progress(100 * step, 1000, 0.1, 0.7)
 
 
-def test_eq_4_mixes_the_two_goals():
+def test_the_map_has_the_loss_of_every_pixel_and_zero_on_void():
     emb, label, vtp, weight = random_case()
-    otp = random_case(seed=1)[2][0]
-    near, far = (alignment_loss(emb, label, p, TAU, weight).item() for p in (vtp, otp))
-    assert abs(near - far) > 0.05
+    loss, valid = alignment_map(emb, label, vtp, TAU), label != VOID
+    assert loss.shape == label.shape and (loss[~valid] == 0).all() and (loss[valid] > 0).all()
+    w = weight * valid
+    assert ((w * loss).sum() / w.sum()).item() == pytest.approx(loss_in_loops(emb, label, vtp, TAU, weight), rel=1e-5)
+
+
+def test_eq_4_mixes_the_two_goals_and_touches_none_whose_factor_is_zero():
+    emb, label, vtp, _ = random_case()
+    otp = random_case(seed=1)[2][0].requires_grad_()
+    emb.requires_grad_(), vtp.requires_grad_()
+    maps = [alignment_map(emb, label, p, TAU) for p in (vtp, otp)]
+    assert (maps[0] - maps[1]).abs().max() > 0.05
     for lam in (0.0, 0.3, 0.5, 1.0):
-        got = progressive_alignment_loss(emb, label, otp, vtp, lam, TAU, weight)
-        assert got.dtype == torch.float32 and got.item() == pytest.approx((1 - lam) * near + lam * far, rel=1e-5)
-    got = progressive_alignment_loss(emb, label, otp, vtp, 0.3, TAU)
-    assert got.item() == pytest.approx(
-        0.7 * loss_in_loops(emb, label, vtp, TAU) + 0.3 * loss_in_loops(emb, label, otp.expand(B, K, D), TAU), rel=1e-5)
-
-
-def test_a_goal_whose_factor_is_zero_is_not_touched():
-    emb, label, vtp, _ = random_case()
-    otp = vtp[0]
-    vtp.requires_grad_()
-    far = progressive_alignment_loss(emb, label, otp, None, 1.0, TAU)
-    torch.testing.assert_close(far, alignment_loss(emb, label, otp, TAU))
-    near = progressive_alignment_loss(emb, label, None, vtp, 0.0, TAU)
-    torch.testing.assert_close(near, alignment_loss(emb, label, vtp, TAU))
-    near.backward()
-    assert vtp.grad.abs().sum() > 0
-
-
-def test_between_the_ends_the_gradient_reaches_pixels_and_both_prototypes():
-    emb, label, vtp, _ = random_case()
-    otp = vtp[0].clone().requires_grad_()
-    emb.requires_grad_(), vtp.requires_grad_()
-    progressive_alignment_loss(emb, label, otp, vtp, 0.5, TAU).backward()
+        got = progressive_alignment_map(emb, label, None if lam == 0 else otp, None if lam == 1 else vtp, lam, TAU)
+        torch.testing.assert_close(got, (1 - lam) * maps[0] + lam * maps[1])
+    got = progressive_alignment_map(emb, label, otp, vtp, 0.5, TAU)
+    got.sum().backward()
     assert all(t.grad.abs().sum() > 0 for t in (emb, vtp, otp))
-
-
-def test_an_all_void_crop_is_exactly_zero_through_eq_4():
-    emb, label, vtp, _ = random_case()
-    emb.requires_grad_(), vtp.requires_grad_()
-    loss = progressive_alignment_loss(emb, torch.full_like(label, VOID), vtp[0].detach(), vtp, 0.5, TAU)
-    loss.backward()
-    assert loss.item() == 0 and (emb.grad == 0).all() and (vtp.grad == 0).all()
 
 
 @pytest.mark.parametrize("name, expected", [("progressive", (0, 0.25, 1)), ("reversed", (1, 0.75, 0)),
