@@ -8,7 +8,8 @@ A table says how much; a figure says what. Each of them asks one question of the
     curves.png               the alignment radii to VTP and OTP over training, with lambda of Eq. 4         in which order?
     overlay_NAME.png         the prediction laid over a picture of the user's own
 
-    python figures.py RUN [--compare RUN] [--images a.jpg ...]        of a finished run
+    python figures.py RUN --compare RUN2                              of a finished run, beside another
+    python figures.py RUN --images a.jpg b.png                        your own pictures
     python figures.py --gallery FILE.png                              the drawn domains, scenes beside their labels
 
 Shapes

@@ -1,24 +1,21 @@
-"""ppar.py: the method on one screen. Network and prototypes in one module, and the loss of a step, Eq. 3 to 7, in one function.
+"""ppar.py: the method on one screen: network and prototypes in one module, the loss of a step in one function.
 
-One training step, with the file of each idea:
+    logits, emb, vtp = PPAR(image)     dense CLIP and decoder, prototypes      model.py, prototypes.py (Eq. 1, 2)
+    omega_i, w_i                       do the prototypes agree with label i?   reweight.py (Eq. 5, 6)
+    L_seg, L_align                     decoder; pixels to prototypes           align.py (Eq. 3, 4)
 
-    logits, emb, vtp = PPAR(image)       dense CLIP and decoder; p^V from p^O and the image    model.py, prototypes.py (Eq. 1, 2)
-    omega_i, w_i                         how far the prototypes agree with label i             reweight.py (Eq. 5, 6)
-    L_seg, L_align                       the decoder's loss; pixels to prototypes              align.py (Eq. 3, 4)
+    Eq. 7   L = L_seg(w) + w_align * L_align(w) + w_vtp * L(VTP; 1),     L_seg(w) = sum_i w_i CE(logits_i, y_i) / sum_i w_i
 
-    Eq. 7   L = L_seg(w) + w_align * L_align(w) + w_vtp * L(VTP; 1)
-
-    L_seg(w) = sum_i w_i CE(logits_i, y_i) / sum_i w_i      at label resolution; L_align on the feature grid
-
-Every term is a weighted mean over the labelled pixels of the whole batch. A batch that is spread over processes brings
-`reduce`, which sums a tensor over them.
+Every term is a weighted mean over the labelled pixels of the whole batch, L_seg at label resolution, the others on the
+feature grid. A batch that is spread over processes brings `reduce`, which sums a tensor over them.
 
 Shapes
     image, label   (B, 3, H, W), (B, H, W) int64, 255 = void     logits   (B, K, H/4, W/4)
     emb            (B, D, h, w)  unit norm over D                otp, vtp (K, D), (B, K, D)  unit rows
-    omega, weight  (B, H, W) or (B, h, w)                        grid     (B, h, w) int64: the label at the centre of each cell
+    omega, weight  (B, H, W) or (B, h, w)                        grid     (B, h, w): the label at the centre of each cell
 
-Not here: the loop (train.py), how a prediction is read off (evaluate.py). Run `python ppar.py` for a demonstration in seconds.
+Not here: the loop (train.py), how a prediction is read off (evaluate.py).
+Run `python ppar.py` for a demonstration in seconds.
 """
 
 from types import SimpleNamespace
@@ -36,7 +33,7 @@ from model import SegmentationNet, load_clip, pad
 
 
 class Output(NamedTuple):
-    """What PPAR says about a batch of images; shapes as in the head of this file. vtp is None where no loss needs it."""
+    """What PPAR says about a batch of images. vtp is None where no loss needs it."""
 
     logits: torch.Tensor
     emb: torch.Tensor
@@ -44,7 +41,7 @@ class Output(NamedTuple):
 
 
 class PPAR(nn.Module):
-    """The network and its prototypes: image -> Output. otp (K, D) moves with the module and is never trained."""
+    """The network and its prototypes: image -> Output. otp (K, D) is never trained."""
 
     def __init__(self, net, otp, vtp=None):
         super().__init__()
@@ -73,10 +70,9 @@ def build(config):
 
 
 def objective(out, otp, label, config, step, reduce=lambda x: x):
-    """Eq. 3 to 7 for a batch -> ({term of Eq. 7: scalar, with its weight}, {"lam", "ramp"}). The loss is the sum of the terms.
+    """Eq. 3 to 7 for a batch -> ({term of Eq. 7, with its weight: scalar}, {"lam", "ramp"}); a term that is off is not computed.
 
-    A term whose weight is 0 is not computed. # our reading: the abstract names alignment and reweighting, not the loss that
-    they join; L_seg is the field's cross-entropy, and every labelled pixel's w_i multiplies its part of both.
+    # our reading: the abstract does not name the loss that alignment and weights join; L_seg is the field's cross-entropy.
     """
     ramp = align.progress(step, config.steps, *config.ramp)  # 0 at first, 1 from some step on
     lam = align.SCHEDULES.get(config.align, align.SCHEDULES["otp"])(ramp)  # "none": the term is not computed
@@ -144,10 +140,7 @@ def distance(emb, label, prototypes):
 
 @torch.no_grad()
 def look(ppar, image, label):
-    """One labelled picture, for analysis: image (3, H, W), label (H, W) -> (Output, label (1, H', W'), grid (1, h, w)).
-
-    Both are padded to what CLIP's strides need: the image by its border, the label by void.
-    """
+    """image (3, H, W), label (H, W) -> Output, label (1, H', W'), grid: padded to CLIP's strides, the label by void."""
     image = pad(image[None], ppar.net.encoder.multiple)
     label = F.pad(label[None].long(), (0, image.shape[3] - label.shape[1], 0, image.shape[2] - label.shape[0]), value=VOID)
     out = ppar(image)

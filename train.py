@@ -6,11 +6,8 @@
     torchrun --nproc_per_node 4 train.py ...                                     the same batch, split over four processes
     python train.py --resume runs/NAME                                           go on where it was stopped
 
-Read ppar.py first: it holds the network and the loss of a step. Here is what a run needs around it, from top to bottom:
-
-    Config       every flag, one line each; two presets (drawn world, real data) and the baseline
-    set-up       processes, data, network, optimiser, the run folder
-    the loop     images and labels of step s, a function of (seed, s) alone -> loss -> gradient -> AdamW -> log, checkpoint
+Read ppar.py first: it holds the network and the loss of a step. Here is what a run needs around it: Config (every flag,
+and its presets), set-up (processes, data, network, optimiser), one step, the loop.
 
 No target image can be read here: before the last step only the names of their files are listed, to say early that a
 folder is missing. The network that is evaluated is the last one; there is no picking of a best one.
@@ -107,6 +104,11 @@ WEIGHT_DECAY = 0.01  # AdamW's, on matrices alone
 LOG_EVERY = 10  # steps between rows of log.jsonl
 
 
+def in_words(value):
+    """A flag's value as it is typed."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
+
+
 def parse(arguments):
     """Command line -> dict of the flags that were given (only those; Config knows the rest)."""
     parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
@@ -114,8 +116,7 @@ def parse(arguments):
     for f in dataclasses.fields(Config):
         flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
         if f.default is not None:
-            shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-            text += f" (default: {shown})"
+            text += f" (default: {in_words(f.default)})"
         if f.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         elif f.type in (tuple[str, ...], tuple[float, ...]):
@@ -146,8 +147,7 @@ def configure(given):
     for f in dataclasses.fields(Config):
         rule, value = f.metadata["rule"], getattr(config, f.name)
         if rule and not rule[1](value):
-            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            raise UserError(f"--{f.name.replace('_', '-')} {shown} must be {rule[0]}.")
+            raise UserError(f"--{f.name.replace('_', '-')} {in_words(value)} must be {rule[0]}.")
     return config
 
 
@@ -156,7 +156,6 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from torch import nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import checkpoint  # noqa: E402
@@ -315,7 +314,7 @@ def train(config, state, rank, processes, device):
         checkpoint.load_optimizer(optimizer, state, config.out)
     network = torch.compile(module) if config.compile else module
     if processes > 1:
-        network = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+        network = torch.nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     # This process's share of every batch; the union is the same for any number of processes.
     firsts, local = range(start * config.batch, config.steps * config.batch, config.batch), config.batch // processes
     batches = [range(first + rank * local, first + (rank + 1) * local) for first in firsts]
@@ -364,7 +363,7 @@ def continue_run(given):
         own = dict(state["config"])
         for name, value in given.items():
             if name not in MAY_CHANGE_ON_RESUME and value != own.get(name):
-                raise UserError(f"--{name.replace('_', '-')} {value} differs from the run's own {own.get(name)}: a resumed run "
+                raise UserError(f"--{name.replace('_', '-')} {in_words(value)} differs from the run's own {own.get(name)}: a resumed run "
                                 f"keeps its flags, only {', '.join('--' + n.replace('_', '-') for n in sorted(MAY_CHANGE_ON_RESUME))} "
                                 f"may change; start a new run with --out.")
         config = configure({**own, **given, "out": folder})
@@ -382,15 +381,12 @@ def closing_words(config, results):
     like = all(value == getattr(plain, name) for name, value in vars(config).items() if name not in own)
     committed = Path(__file__).resolve().parent / "results" / "toy.csv"
     if like and committed.is_file():
-        rows = [row for row in csv.DictReader(committed.open(encoding="utf-8")) if row["row"] == "erm"]
+        rows = [row for row in csv.DictReader(committed.read_text().splitlines()) if row["row"] == "erm"]
         cells = [f"{name.removeprefix('toy-')} {sum(float(row[name]) for row in rows) / len(rows):.1f}"
                  for name in [*results["targets"], "unseen"] if rows and rows[0].get(name)]
         print(f"baseline (--method erm), mean of {len(rows)} seeds, not trained now but read from results/toy.csv: {', '.join(cells)}")
-    if config.method == "ppar":
-        print(f"next: the baseline on the same network, with the same flags and `--method erm --out OTHER`, then "
-              f"`python figures.py {config.out} --compare OTHER`")
-    else:
-        print(f"next: every term of the theorem for this run, `python bound.py {config.out}`")
+    print(f"next: every term of the theorem, `python bound.py {config.out}`; with a second run (such as the baseline: the same "
+          f"flags, `--method erm --out OTHER`), both predictions, `python figures.py {config.out} --compare OTHER`")
 
 
 def main(given):

@@ -219,8 +219,7 @@ def table(rows):
             value, low = (statistics.mean(column(rows, n).values()) for n in (name, base))
             return f"{100 * (value - low) / (top - low):.0f} %"
 
-        base = "erm-long" if column(rows, "erm-long") else "erm"
-        least = min(statistics.mean(oracle[u].values()) - statistics.mean(column(rows, base, u).values()) for u in UNSEEN)
+        least = min(statistics.mean(oracle[u].values()) - statistics.mean(column(rows, "erm-long", u).values()) for u in UNSEEN)
         lines += ["", f"Of the gap between the baseline ({statistics.mean(column(rows, 'erm').values()):.1f}) and the oracle ({top:.1f}), "
                   f"the full method closes {closed('full')}; with CLIP's first 3 stages frozen, {closed('full-freeze3')} (freezing alone: "
                   f"{closed('erm-freeze3')}). The oracle has seen the target, and trains twice as long; on each target it is at least "

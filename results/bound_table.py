@@ -32,10 +32,10 @@ SIDES = ("right", "right_direct", "right_local")  # what is held against the tar
 
 
 def measure(folder):
-    """One run through evaluate.py --bound; its bound.json as a dict."""
+    """One run through bound.py; its bound.json as a dict."""
     file = folder / "bound.json"
     if not file.exists():
-        subprocess.run([sys.executable, "-W", "ignore", "evaluate.py", "--bound", str(folder)], cwd=HERE.parent, check=True,
+        subprocess.run([sys.executable, "-W", "ignore", "bound.py", str(folder)], cwd=HERE.parent, check=True,
                        capture_output=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
     return json.loads(file.read_text())
 

@@ -642,9 +642,11 @@ def test_a_command_line_that_cannot_be_read_is_refused(flags, told, capsys):
 
 
 BAD_FLAGS = {flags: flags for flags in """--crop 0, --steps 0, --batch 0, --micro-batch -1, --workers -1, --lr 0, --lr nan,
-    --lr-clip -1, --tau 0, --w-align -1, --w-align 0, --w-vtp -1, --text-weight 2, --harmful 1.5, --ramp 0.6 0.6, --ramp 0.5, --ramp 0.0 1.1,
+    --lr-clip -1, --tau 0, --w-align -1, --w-align 0, --w-vtp -1,
+    --text-weight 2, --harmful 1.5, --ramp 0.6 0.6, --ramp 0.5, --ramp 0.0 1.1,
     --ramp -0.1 1, --save-every 0, --seed -1, --holdout -1, --balance 2, --freeze 6, --freeze -1""".replace("\n    ", " ").split(", ")} | {
-    "--crop 100": "--crop 100 must be a multiple of 32", "--holdout 5 --targets gta5": "--holdout 5", "--source nowhere": "no data set 'nowhere'",
+    "--crop 100": "--crop 100 must be a multiple of 32", "--holdout 5 --targets gta5": "--holdout 5",
+    "--source nowhere": "no data set 'nowhere'",
     "--targets nowhere": "no data set 'nowhere'", "--clip RN51": "RN50", "--clip no/such/file.pt": "no/such/file.pt",
     "--data-root no/such/folder": "no/such/folder", "--targets idd": "leftImg8bit", "--source acdc": "rgb_anon",
     "--harmful 0.2": "gta5", "--method erm --align otp": "--align otp", "--method erm --w-vtp 0.2": "--w-vtp 0.2",
