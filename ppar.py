@@ -6,16 +6,15 @@
 
     Eq. 7   L = L_seg(w) + w_align * L_align(w) + w_vtp * L(VTP; 1),     L_seg(w) = sum_i w_i CE(logits_i, y_i) / sum_i w_i
 
-Every term is a weighted mean over the labelled pixels of the whole batch, L_seg at label resolution, the others on the
-feature grid. A batch that is spread over processes brings `reduce`, which sums a tensor over them.
+Every term is a mean over the labelled pixels of the whole batch, L_seg at label resolution, the others on the feature
+grid. A batch that is spread over processes brings `reduce`, which sums a tensor over them.
 
 Shapes
     image, label   (B, 3, H, W), (B, H, W) int64, 255 = void     logits   (B, K, H/4, W/4)
     emb            (B, D, h, w)  unit norm over D                otp, vtp (K, D), (B, K, D)  unit rows
     omega, weight  (B, H, W) or (B, h, w)                        grid     (B, h, w): the label at the centre of each cell
 
-Not here: the loop (train.py), how a prediction is read off (evaluate.py).
-Run `python ppar.py` for a demonstration in seconds.
+Not here: the loop (train.py), predictions (evaluate.py). Run `python ppar.py` for a demonstration in seconds.
 """
 
 from types import SimpleNamespace
@@ -78,24 +77,20 @@ def objective(out, otp, label, config, step, reduce=lambda x: x):
     lam = align.SCHEDULES.get(config.align, align.SCHEDULES["otp"])(ramp)  # "none": the term is not computed
     grid = labels_on_grid(label, out.emb)  # (B, h, w)
 
-    def mean(weight, loss):  # over the labelled pixels of the whole batch; 0 where nothing is labelled
+    def mean(weight, loss):  # over the whole batch; 0 where nothing is labelled
         return (weight * loss).sum() / reduce(weight.sum(dtype=torch.float64)).clamp_min(1e-8).float()
 
     # Eq. 5, 6: one set of weights at label resolution, one on the feature grid, each with its own means
     weight = learning_weights(out, otp, label, config, ramp, reduce)  # (B, H, W)
     weight_grid = learning_weights(out, otp, grid, config, ramp, reduce)  # (B, h, w)
 
-    # L_seg: the decoder's logits at label resolution
-    logits = F.interpolate(out.logits.float(), size=label.shape[1:], mode="bilinear", align_corners=False)  # (B, K, H, W)
+    logits = F.interpolate(out.logits.float(), size=label.shape[1:], mode="bilinear", align_corners=False)  # L_seg: (B, K, H, W)
     terms = {"seg": mean(weight, F.cross_entropy(logits, label, ignore_index=VOID, reduction="none"))}
 
-    # Eq. 3, 4: pixels to VTP and OTP
-    if config.align != "none":
+    if config.align != "none":  # Eq. 3, 4: pixels to VTP and OTP
         loss = align.progressive_alignment_map(out.emb, grid, otp, out.vtp, lam, config.tau)  # (B, h, w)
         terms["align"] = config.w_align * mean(weight_grid, loss)
-
-    # L(VTP; 1): teaches the VTP what the image shows
-    if config.w_vtp > 0:
+    if config.w_vtp > 0:  # L(VTP; 1) teaches the VTP what the image shows
         loss = align.alignment_map(out.emb, grid, out.vtp, config.tau)  # (B, h, w)
         terms["vtp"] = config.w_vtp * mean((grid != VOID).float(), loss)
     return terms, dict(lam=lam, ramp=ramp)
@@ -104,7 +99,7 @@ def objective(out, otp, label, config, step, reduce=lambda x: x):
 def learning_weights(out, otp, label, config, ramp, reduce=lambda x: x):
     """Eq. 5 and 6 as the flags ask: the weight of each pixel of label (at any resolution), 0 on void, no gradient."""
     weight = (label != VOID).float()
-    if config.reweight != "none" and ramp > 0:  # a network that has learnt nothing has no opinion worth trusting
+    if config.reweight != "none" and ramp > 0:  # what has learnt nothing has no opinion worth trusting
         weight = weights_of(reliability(out, otp, label, config.tau), label, config, ramp, reduce)
     if config.balance > 0:  # a control, not of the paper: n_c^-balance, n_c the pixels of the class in the batch
         count = reduce(torch.bincount(label.flatten(), minlength=VOID + 1)).clamp_min(1)
@@ -133,8 +128,8 @@ def labels_on_grid(label, emb):
 
 def distance(emb, label, prototypes):
     """|z - p_y|, from each pixel to the prototype of its class, (B, h, w), 0 on void; prototypes (K, D) or (B, K, D)."""
-    own = prototypes.expand(len(emb), -1, -1)  # (B, K, D)
-    own = own[torch.arange(len(emb))[:, None, None], label.where(label != VOID, 0)]  # (B, h, w, D)
+    image = torch.arange(len(emb), device=emb.device)[:, None, None]
+    own = prototypes.expand(len(emb), -1, -1)[image, label.where(label != VOID, 0)]  # (B, h, w, D)
     return (emb.permute(0, 2, 3, 1) - own).norm(dim=-1) * (label != VOID)
 
 
@@ -153,8 +148,7 @@ def _demo():
     emb = F.normalize(torch.tensor([[1.0, 0.2, 0, 0], [0.9, 0, 0.4, 0], [0.1, 1, 0, 0.3], [1, 0.1, 0.2, 0]]), dim=1)  # (4, D)
     out = Output(torch.zeros(1, 2, 1, 4), emb.T[None, :, None], F.normalize(otp + 0.3 * emb[[0, 2]], dim=1)[None])
     label = torch.tensor([[[0, 0, 1, 1]]])
-    config = SimpleNamespace(steps=2, ramp=(0.0, 1.0), align="progressive", reweight="class", balance=0.0,
-                             w_align=1.0, w_vtp=0.2, tau=0.3)
+    config = SimpleNamespace(steps=2, ramp=(0, 1), align="progressive", reweight="class", balance=0, w_align=1, w_vtp=0.2, tau=0.3)
     for step in (0, 1, 2):
         terms, at = objective(out, otp, label, config, step)
         weight = learning_weights(out, otp, label, config, at["ramp"]).flatten()

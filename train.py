@@ -9,8 +9,8 @@
 Read ppar.py first: it holds the network and the loss of a step. Here is what a run needs around it: Config (every flag,
 and its presets), set-up (processes, data, network, optimiser), one step, the loop.
 
-No target image can be read here: before the last step only the names of their files are listed, to say early that a
-folder is missing. The network that is evaluated is the last one; there is no picking of a best one.
+No target image is read before the last step: only the names of the files are listed, to say early that a folder is
+missing. The network that is evaluated is the last one, never the best one.
 
 Not here: the loss (ppar.py), the files of a run (checkpoint.py), the score (evaluate.py).
 """
@@ -44,7 +44,6 @@ def option(default, help, rule=None, choices=None):
 @dataclass
 class Config:
     """Every flag of a run, one line each. None means: by preset, real or toy (PRESETS below)."""
-
     # data
     source: tuple[str, ...] = option(("toy-gta5",), "labelled data sets to train on, mixed in equal parts")
     targets: tuple[str, ...] = option(None, "unseen data sets to evaluate on after the last step")
@@ -91,9 +90,8 @@ class Config:
 PRESETS = {
     "real": dict(targets=("cityscapes", "bdd", "mapillary"), harmful=0.0, clip="RN50", stride=16, freeze=1,
                  steps=40000, batch=8, crop=512, lr=1e-4, amp="auto", workers=8),
-    # fp32: the same bits on one kind of CPU with as many threads
     "toy": dict(targets=("toy-cityscapes", "toy-bdd", "toy-mapillary", "toy-night", "toy-fog", "toy-snow"), harmful=0.1,
-                clip="toy", stride=8, freeze=0, steps=400, batch=8, crop=96, lr=3e-3, amp="fp32", workers=2),
+                clip="toy", stride=8, freeze=0, steps=400, batch=8, crop=96, lr=3e-3, amp="fp32", workers=2),  # fp32: same bits on one kind of CPU
 }
 # What --method erm switches off. All else stays, at the same seed to the bit: data, initial weights, optimiser.
 ERM = dict(align="none", w_vtp=0.0, reweight="none", text_weight=0.0)
@@ -125,25 +123,20 @@ def parse(arguments):
         else:
             parser.add_argument(flag, type=f.type, choices=f.metadata["choices"], help=text,
                                 metavar=None if f.metadata["choices"] else f.type.__name__.upper())
-    given = vars(parser.parse_args(arguments))
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given = vars(parser.parse_args(arguments)).items()
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given}
 
 
 def configure(given):
     """Flags given -> complete, checked Config. UserError names the flag that cannot be."""
-    config = Config(**given)
-    preset = PRESETS["toy" if all(s.startswith("toy-") for s in config.source) else "real"]
-    for name, value in preset.items():
-        if getattr(config, name) is None:
-            setattr(config, name, value)
-    if config.method == "erm":
-        for name, value in ERM.items():
-            if name in given and given[name] != value:
-                raise UserError(f"--method erm switches every idea off, so --{name.replace('_', '-')} {given[name]} "
-                                f"cannot be; leave one of the two away.")
-            setattr(config, name, value)
-    if config.out is None:
-        config.out = os.path.join("runs", f"{config.method}-{'-'.join(config.source)}-seed{config.seed}")
+    toy = all(name.startswith("toy-") for name in given.get("source", Config.source))
+    off = ERM if given.get("method") == "erm" else {}
+    for name, value in off.items():
+        if given.get(name, value) != value:
+            raise UserError(f"--method erm switches every idea off, so --{name.replace('_', '-')} {given[name]} cannot be; "
+                            f"leave one of the two away.")
+    config = Config(**{**PRESETS["toy" if toy else "real"], **off, **given})
+    config.out = config.out or os.path.join("runs", f"{config.method}-{'-'.join(config.source)}-seed{config.seed}")
     for f in dataclasses.fields(Config):
         rule, value = f.metadata["rule"], getattr(config, f.name)
         if rule and not rule[1](value):
@@ -186,8 +179,7 @@ def setup_processes(config):
 def sum_over_processes(x):
     """The sum of a tensor over all processes; itself when there is one."""
     if dist.is_initialized():
-        x = x.clone()
-        dist.all_reduce(x)
+        dist.all_reduce(x := x.clone())
     return x
 
 
@@ -276,10 +268,9 @@ def check_first_step(module, optimizer):
     if sorted(held) != sorted(id(p) for p in module.parameters() if p.requires_grad):
         raise UserError("the optimiser does not hold exactly the trainable parameters, once each: a defect of make_optimizer.")
     for name, p in module.named_parameters():
-        if p.requires_grad and (p.grad is None or not torch.isfinite(p.grad).all()):
-            raise UserError(f"parameter {name} got {'no' if p.grad is None else 'a non-finite'} gradient at the first step.")
-        if not p.requires_grad and p.grad is not None:
-            raise UserError(f"frozen parameter {name} got a gradient at the first step.")
+        got = "no" if p.grad is None else "a" if torch.isfinite(p.grad).all() else "a non-finite"
+        if got != ("a" if p.requires_grad else "no"):
+            raise UserError(f"{'' if p.requires_grad else 'frozen '}parameter {name} got {got} gradient at the first step.")
 
 
 @torch.no_grad()
@@ -306,8 +297,7 @@ def train(config, state, rank, processes, device):
         print(f"source {' + '.join(f'{n} ({len(i)} images)' for n, i in zip(config.source, stream.sources))}, method "
               f"{config.method}, align {config.align}, reweight {config.reweight}, {processes} process(es) on {device.type}")
     bf16, autocast = checkpoint.precision(config.amp, device)
-    # the layout that both kinds of fast convolution read without a copy
-    layout = torch.channels_last if bf16 or device.type == "cuda" else torch.contiguous_format
+    layout = torch.channels_last if bf16 or device.type == "cuda" else torch.contiguous_format  # what fast convolutions read
     module.to(device, memory_format=layout)
     optimizer = make_optimizer(module, config)
     if state:
@@ -376,11 +366,10 @@ def continue_run(given):
 
 def closing_words(config, results):
     """For the drawn world, the committed baseline beside the new row; for every run, the next command to try."""
-    plain = configure({})
+    plain = vars(configure({}))
     own = {"method", "seed", "out", "targets", "prototypes", "w_align", "tau", "ramp", *ERM, *MAY_CHANGE_ON_RESUME}  # not the baseline's
-    like = all(value == getattr(plain, name) for name, value in vars(config).items() if name not in own)
     committed = Path(__file__).resolve().parent / "results" / "toy.csv"
-    if like and committed.is_file():
+    if committed.is_file() and all(value == plain[name] for name, value in vars(config).items() if name not in own):
         rows = [row for row in csv.DictReader(committed.read_text().splitlines()) if row["row"] == "erm"]
         cells = [f"{name.removeprefix('toy-')} {sum(float(row[name]) for row in rows) / len(rows):.1f}"
                  for name in [*results["targets"], "unseen"] if rows and rows[0].get(name)]
