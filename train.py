@@ -91,7 +91,7 @@ PRESETS = {
     "real": dict(targets=("cityscapes", "bdd", "mapillary"), harmful=0.0, clip="RN50", stride=16, freeze=1,
                  steps=40000, batch=8, crop=512, lr=1e-4, amp="auto", workers=8),
     "toy": dict(targets=("toy-cityscapes", "toy-bdd", "toy-mapillary", "toy-night", "toy-fog", "toy-snow"), harmful=0.1,
-                clip="toy", stride=8, freeze=0, steps=400, batch=8, crop=96, lr=3e-3, amp="fp32", workers=2),  # fp32: same bits on one kind of CPU
+                clip="toy", stride=8, freeze=0, steps=400, batch=8, crop=96, lr=3e-3, amp="fp32", workers=2),  # fp32: same bits
 }
 # What --method erm switches off. All else stays, at the same seed to the bit: data, initial weights, optimiser.
 ERM = dict(align="none", w_vtp=0.0, reweight="none", text_weight=0.0)

@@ -37,41 +37,48 @@ def interleaved(functions, repeats):
 
 
 def rn50(method, amp="fp32", crop=512, batch=2):
-    """(PPAR module on random RN50 weights, Config, one training step as a function, past the ramp: all terms on)."""
+    """(PPAR on random RN50 weights, Config, one training step as a function, past the ramp: all terms on)."""
     import torch
     from clip.model import ModifiedResNet
 
+    import checkpoint
     import data
     import model
+    import ppar
     import prototypes
     import train
 
     config = train.configure(dict(source=("gta5",), method=method, amp=amp, crop=crop, batch=batch, steps=100))
     torch.manual_seed(0)
-    net = model.SegmentationNet(ModifiedResNet((3, 4, 6, 3), 1024, 32, 224, 64), 19, 16, config.width)
+    net = model.SegmentationNet(ModifiedResNet((3, 4, 6, 3), 1024, 32, 224, 64))
     net.encoder.freeze(config.freeze)
-    otp = prototypes.random_prototypes(19, 1024)
-    vtp = prototypes.VisualTextPrototypes(1024, 2 * config.width) if train.uses_vtp(config) else None
-    module = train.PPAR(net, otp, vtp)
-    bf16, autocast = train.precision(config, torch.device("cpu"))
+    vtp = prototypes.VisualTextPrototypes(1024, 2 * net.arch["width"]) if config.w_vtp else None
+    module = ppar.PPAR(net, prototypes.random_prototypes(19, 1024), vtp).train()
+    bf16, autocast = checkpoint.precision(config.amp, torch.device("cpu"))
     image = torch.randn(batch, 3, crop, crop)
     label = torch.randint(0, len(data.CLASSES), (batch, crop // 32, crop // 32))
     label = label.repeat_interleave(32, 1).repeat_interleave(32, 2)
     if bf16:
         module.to(memory_format=torch.channels_last)
         image = image.contiguous(memory_format=torch.channels_last)
+    return module, config, a_step(module, config, image, label, autocast)
+
+
+def a_step(module, config, image, label, autocast):
+    """One training step as a function, without its data and its schedule."""
+    import train
+
     optimizer = train.make_optimizer(module, config)
     for group in optimizer.param_groups:
         group["lr"] = 1e-6
-    module.train()
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        row, _ = train.backward_batch(module, image, label, config, 50, autocast)
+        row, _ = train.backward(module, image, label, config, 50, autocast)
         optimizer.step()
         return row
 
-    return module, config, step
+    return step
 
 
 def bench_help():
@@ -179,31 +186,24 @@ def drawn_world():
 
     import torch
 
+    import ppar
     import train
 
     config = train.configure(dict(method="erm"))
-    module, _ = train.build(config)
-    optimizer = train.make_optimizer(module.train(), config)
     image, label = torch.randn(8, 3, config.crop, config.crop), torch.randint(0, 18, (8, config.crop, config.crop))
-
-    def step():
-        optimizer.zero_grad(set_to_none=True)
-        train.backward_batch(module, image, label, config, 50, contextlib.nullcontext)
-        optimizer.step()
-
-    return config, step
+    return config, a_step(ppar.build(config)[0].train(), config, image, label, contextlib.nullcontext)
 
 
 def wait_for_data(name, items, config, step, steps):
     """Print how long `steps` steps wait for the batches of these items, and how long they take with that."""
     import torch
 
+    import checkpoint
     import data
-    import train
 
     workers, stream = os.cpu_count(), data.TrainingStream([items], config.crop, seed=0)
     loader = torch.utils.data.DataLoader(stream, batch_size=config.batch, sampler=range(config.batch * (steps + 1)),
-                                         num_workers=workers, worker_init_fn=train.outlive_signals)
+                                         num_workers=workers, worker_init_fn=checkpoint.outlive_signals)
     batches, waits, began = iter(loader), [], None
     for n in range(steps + 1):
         asked = time.perf_counter()
@@ -234,7 +234,7 @@ def peak(what):
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, and what a parent process handed down
     before = resident("VmRSS")
     if what.startswith("evaluate"):
-        score = evaluate.make_scorer(module.net, module.otp, config.tau)
+        score = evaluate.make_scorer(module, config)
         for _ in range(2):
             evaluate.predict(score, torch.randn(3, 1024, 2048), (1024, 2048))
     else:
