@@ -169,7 +169,7 @@ class DenseCLIP(nn.Module):
     `visual` itself is changed: dilated, and made trainable. Who still needs CLIP as it was hands over a copy.
     """
 
-    def __init__(self, visual, stride=16):
+    def __init__(self, visual, stride):
         super().__init__()
         self.visual = visual
         self.dim = visual.output_dim
