@@ -184,7 +184,7 @@ class DenseCLIP(nn.Module):
             self.low_channels = visual.layer1[-1].conv3.out_channels
             pool = visual.attnpool
             for part in (pool.q_proj, pool.k_proj, pool.positional_embedding):
-                part.requires_grad_(False)  # for `pooled` alone, on which the baseline has no loss: they would get no gradient
+                part.requires_grad_(False)  # only `pooled` uses them, and the baseline has no loss on it: no gradient
         # our reading: batch normalisation stays as CLIP left it, in train() too. Its statistics come from 400 million
         # pictures; a batch of eight frames of a game would overwrite them with the source's colours.
         for module in visual.modules():
