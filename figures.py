@@ -2,7 +2,7 @@
 
 A table says how much; a figure says what. Each of them asks one question of the method:
 
-    predictions_TARGET.png   image, truth, prediction (beside a second run's), agreement with the OTP       where does it fail?
+    predictions_TARGET.png   image, truth, prediction (beside a second run's), omega (Eq. 5) from the OTP       where does it fail?
     reliability.png          omega of Eq. 5 beside the pixels that really are harmful, with its AUROC       does it find them?
     embedding.png            pixels and prototypes in two dimensions, before and after training             did they meet?
     curves.png               the alignment radii to VTP and OTP over training, with lambda of Eq. 4         in which order?
@@ -222,7 +222,7 @@ def _prediction_row(run, item, compare):
     for who in filter(None, (compare, run)):
         title = f"compared: {who.path.name}" if who is compare else "prediction" + f": {who.path.name}" * bool(compare)
         row[title] = predict(make_scorer(who.ppar, who.config), tensor, label.shape)
-    row["agreement with OTP, Eq. 5"] = np.where(label != VOID, _omega(run, tensor, label), np.nan)
+    row["omega from the OTP, Eq. 5"] = np.where(label != VOID, _omega(run, tensor, label), np.nan)
     return row
 
 

@@ -81,12 +81,12 @@ def test_a_row_of_predictions_holds_picture_truth_both_predictions_and_omega_gre
     loaded = checkpoint.load_run(run[0])
     item = data.list_items("bdd", run[1]["data_root"], "val")[0]
     image, label = data.load_pair(item)
-    row = figures._prediction_row(loaded, item, loaded)
-    assert list(row) == ["image", "truth", "prediction: run", "agreement with OTP, Eq. 5"] or "compared: run" in row
+    row = figures._prediction_row(loaded, item, checkpoint.load_run(run[0]))
+    assert list(row) == ["image", "truth", "compared: run", "prediction: run", "omega from the OTP, Eq. 5"]
     assert (row["image"] == image).all() and (row["truth"] == label).all()
-    assert (np.isnan(row["agreement with OTP, Eq. 5"]) == (label == VOID)).all()
+    assert (np.isnan(row["omega from the OTP, Eq. 5"]) == (label == VOID)).all()
     alone = figures._prediction_row(loaded, item, None)
-    assert list(alone) == ["image", "truth", "prediction", "agreement with OTP, Eq. 5"]
+    assert list(alone) == ["image", "truth", "prediction", "omega from the OTP, Eq. 5"]
 
 
 def test_the_pixels_of_the_embedding_are_cells_with_the_label_of_their_centre(run):
