@@ -73,47 +73,37 @@ def open_folder(config, step=None):
 
     With the step of a resumption, tell run.json of it, and drop the log rows of steps that will be done again.
     """
-    told, log = (os.path.join(config.out, name) for name in ("run.json", "log.jsonl"))
+    folder, now = Path(config.out), describe(config)
     if step is None:
-        if os.path.exists(os.path.join(config.out, "last.pt")):  # there from step 0 on
-            raise UserError(f"--out {config.out} holds another run: give another --out, or go on with that one by "
-                            f"--resume {config.out}.")
-        os.makedirs(config.out, exist_ok=True)
-        write_json(told, describe(config))
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(log)
+        if (folder / "last.pt").exists():  # there from step 0 on
+            raise UserError(f"--out {folder} holds another run: give another --out, or go on with that one by --resume {folder}.")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "run.json", now)
+        (folder / "log.jsonl").unlink(missing_ok=True)
         return
     with contextlib.suppress(FileNotFoundError, ValueError):
-        run, now = json.loads(Path(told).read_text(encoding="utf-8")), describe(config)
-        parts = ("command", "versions", "commit", "changed_since_commit", "threads")
-        run.setdefault("resumed", []).append(dict(step=step, **{part: now[part] for part in parts}))
-        write_json(told, run)
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        run.setdefault("resumed", []).append(dict(now, step=step))
+        write_json(folder / "run.json", run)
     with contextlib.suppress(FileNotFoundError):
-        rows = Path(log).read_text(encoding="utf-8").splitlines(keepends=True)
+        rows = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         rows = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
-        write_atomically(log, lambda file: file.write("".join(rows).encode()))
+        write_atomically(folder / "log.jsonl", lambda file: file.write("".join(rows).encode()))
 
 
 def describe(config):
     """What somebody needs to trust or repeat a number: command, flags, versions, commit."""
     import hashlib
     from importlib import metadata
-
     import torch
 
     from model import TOY_CLIP
-
     def git(*words):
-        with contextlib.suppress(OSError):  # no git here
-            answer = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), *words],
-                                    capture_output=True, text=True, check=False)
-            return answer.stdout.strip() if answer.returncode == 0 else None
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git here, or no repository
+            return subprocess.check_output(["git", *words], cwd=Path(__file__).resolve().parent, text=True, stderr=subprocess.DEVNULL).strip()
 
-    clip_file = TOY_CLIP if config.clip == "toy" else config.clip
-    digest = None  # of a CLIP by name, clip.load has checked the hash
-    if os.path.isfile(clip_file):
-        with open(clip_file, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    clip_file = Path(TOY_CLIP if config.clip == "toy" else config.clip)
+    digest = hashlib.sha256(clip_file.read_bytes()).hexdigest() if clip_file.is_file() else None  # by name: clip.load checks it
     changes = git("status", "--porcelain", "-uno")
     versions = {name: metadata.version(name) for name in ("torch", "torchvision", "numpy", "pillow", "clip-anytorch")}
     return dict(command=" ".join(["python", *sys.argv]), config=vars(config), clip_sha256=digest,
@@ -127,7 +117,6 @@ def describe(config):
 def save(ppar, optimizer, config, step, rank=0):
     """Write last.pt, in the first process alone. Weights that are not finite are refused: the file is always one to go on with."""
     import torch
-
     if not all(torch.isfinite(t).all() for t in ppar.state_dict().values() if t.is_floating_point()):
         raise UserError(f"the weights are not finite after step {step}: the last good checkpoint stays in {config.out}; "
                         f"lower --lr, or look at the data (python data.py --check).")
@@ -145,7 +134,6 @@ def read(folder):
     The check sums in the file are compared first, which torch.load does not: a flipped bit is a wrong weight.
     """
     import zipfile
-
     import torch
 
     file = Path(folder) / "last.pt"
@@ -193,7 +181,6 @@ def load_optimizer(optimizer, state, folder):
     weight another one's moments, without an error, where a run goes on in the other layout (channels_last or not).
     """
     import torch
-
     with refuse_misfit(folder):
         optimizer.load_state_dict(state["optimizer"])
         for p, moments in optimizer.state.items():
@@ -203,11 +190,9 @@ def load_optimizer(optimizer, state, folder):
 def load_run(folder, device="cpu"):
     """A run folder -> Run, frozen and in eval mode, without CLIP's file: all sizes are read off the checkpoint."""
     import torch
-
     from model import SegmentationNet
     from ppar import PPAR
     from prototypes import VisualTextPrototypes
-
     state = read(folder)
     with refuse_misfit(folder):
         vtp = None
@@ -251,7 +236,6 @@ def open_run(args):
 def choose_device(name=None):
     """torch.device of a name, or of the best that is here; UserError if this machine does not have it."""
     import torch
-
     cuda = torch.cuda.is_available()
     name = name or ("cuda" if cuda else "cpu")
     if name == "cuda":
@@ -273,7 +257,6 @@ def precision(amp, device):
     `auto` asks the processor: one without bf16 arithmetic emulates it, slower than float32.
     """
     import torch
-
     if device.type == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -324,21 +307,19 @@ def one_sentence(folder):
 def _demo():
     """A crash in the middle of a write leaves the old file as it was."""
     import tempfile
+    def crash(file):
+        file.write(b'{"step"')
+        raise OSError("no space left on device")
 
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "run.json")
+        path = Path(folder) / "run.json"
         write_json(path, dict(step=1))
-
-        def crash(file):
-            file.write(b'{"step"')
-            raise OSError("no space left on device")
-
         try:
             write_atomically(path, crash)
         except UserError as error:
             print(str(error).replace(folder, "RUN"))
-        print("after it:", Path(path).read_text().split(), os.listdir(folder))
-        assert json.loads(Path(path).read_text()) == dict(step=1) and os.listdir(folder) == ["run.json"]
+        print("after it:", path.read_text().split(), os.listdir(folder))
+        assert json.loads(path.read_text()) == dict(step=1) and os.listdir(folder) == ["run.json"]
 
 
 if __name__ == "__main__":

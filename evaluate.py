@@ -72,7 +72,7 @@ def confusion_matrix(pred, label, num_classes):
     word; all 256 x 256 cells, because then void needs no mask (it is row 255) and an id that is no class shows up in
     a row or column where nothing may be. About 10 times as fast as torch.bincount behind a mask.
     """
-    pred, label = _ids(pred, "prediction"), _ids(label, "label")
+    pred, label = _ids(pred), _ids(label)
     if pred.shape != label.shape:
         raise UserError(f"a prediction of shape {pred.shape} cannot answer a label of shape {label.shape}.")
     index = label.astype(np.uint16) << 8 | pred
@@ -85,15 +85,11 @@ def confusion_matrix(pred, label, num_classes):
     return torch.from_numpy(count[:num_classes, :num_classes].astype(np.int64))
 
 
-def _ids(array, name):
+def _ids(array):
     """Integers of any type as uint8, so that a -1 or 256 is an error and does not wrap round to a class."""
-    array = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype.kind not in "iu":
-        raise UserError(f"{name} must hold integer class ids, not {array.dtype}.")
-    if array.size and not 0 <= array.min() <= array.max() <= 255:
-        raise UserError(f"{name} holds ids from {array.min()} to {array.max()}; class ids lie in 0..255.")
+    array = np.asarray(array)
+    if array.dtype.kind not in "iu" or array.size and not 0 <= array.min() <= array.max() <= 255:
+        raise UserError(f"class ids are integers in 0..255, and not {array.dtype} from {array.min()} to {array.max()}.")
     return array.astype(np.uint8)
 
 
@@ -174,45 +170,30 @@ def predict(score, image, size, scale=1.0, slide=0, slide_stride=0, flip=False):
 
     if (window_h, window_w) == (height, width):
         prob = view(image)
-    else:  # the only full-size scores are this one sum: memory does not depend on the number of windows
+    else:  # the only full-size scores are one sum: memory does not depend on the number of windows
         prob, seen = None, image.new_zeros(height, width)
-        for top in _starts(height, window_h, stride):
-            for left in _starts(width, window_w, stride):
-                here = (..., slice(top, top + window_h), slice(left, left + window_w))
-                part = view(image[here])
-                prob = part.new_zeros(1, part.shape[1], height, width) if prob is None else prob
-                prob[here] += part
-                seen[here] += 1
+        for here in _windows((height, width), (window_h, window_w), stride):
+            part = view(image[here])
+            prob = part.new_zeros(1, part.shape[1], height, width) if prob is None else prob
+            prob[here] += part
+            seen[here] += 1
         prob /= seen
     if tuple(prob.shape[2:]) != tuple(size):
         prob = F.interpolate(prob, size=tuple(size), mode="bilinear", align_corners=False)
-    return fast_argmax(prob[0]).cpu().numpy()
-
-
-def _starts(length, window, stride):
-    """Where windows begin along one side: every stride, the last one moved back until it ends at the border."""
-    return [min(start, length - window) for start in range(0, length - window + stride, stride)]
-
-
-def fast_argmax(score):
-    """argmax over the classes: (K, H, W) -> uint8 (H, W), the first of equals.
-
-    A running maximum reads memory in order, class plane by class plane, where argmax(0) jumps from plane to plane at
-    every pixel. The winner's number only ever rises, so `maximum` stores it and no masked write is needed.
-    """
-    best, pred = score[0].clone(), torch.zeros(score.shape[1:], dtype=torch.uint8, device=score.device)
-    for k in range(1, len(score)):
-        torch.maximum(pred, (score[k] > best).to(torch.uint8) * k, out=pred)
-        torch.maximum(best, score[k], out=best)  # unlike >, it hands on a nan
-    if not best.sum().isfinite():  # one pass where isfinite(best).all() takes three
+    best, pred = prob[0].max(dim=0)
+    if not best.sum().isfinite():  # max hands on a nan
         raise UserError("the network's scores are not finite: this checkpoint is broken, not a bad segmenter.")
-    return pred
+    return pred.byte().cpu().numpy()
+
+
+def _windows(size, window, stride):
+    """Slices of windows that cover the image: every stride, the last one moved back until it ends at the border."""
+    rows, columns = ([min(start, length - side) for start in range(0, length - side + stride, stride)]
+                     for length, side in zip(size, window))
+    return [(..., slice(top, top + window[0]), slice(left, left + window[1])) for top in rows for left in columns]
 
 
 class _Pictures(torch.utils.data.Dataset):
-    """Items as (image, label). A file that cannot be read comes back as the error, for a worker's own traceback would
-    bury the one sentence that the user needs."""
-
     def __init__(self, items, mapillary):
         self.items, self.mapillary = items, mapillary
 
@@ -220,13 +201,7 @@ class _Pictures(torch.utils.data.Dataset):
         return len(self.items)
 
     def __getitem__(self, index):
-        item = self.items[index]
-        try:
-            image, label = data.load_pair(item, self.mapillary)
-        except UserError as error:
-            return error
-        except Exception as error:
-            return UserError(f"{item.image} or its label cannot be read ({error}); restore the file.")
+        image, label = data.load_pair(self.items[index], self.mapillary)
         return data.to_tensor(image), torch.from_numpy(label)
 
 
@@ -242,20 +217,12 @@ def evaluate_dataset(score, items, mapillary="A", protocol=PROTOCOL, device="cpu
         pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator())  # its own: a loader's seed must not move the global random numbers of training
     conf = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64)
-    bar = tqdm(zip(items, loader), total=len(items), desc=items[0].dataset, unit="image", disable=not progress)
-    try:
-        for item, pair in bar:
-            if isinstance(pair, Exception):
-                raise pair
-            image, label = pair
-            image = image.to(device, non_blocking=True)
-            pred = predict(score, image, label.shape, **protocol)
+    for item, (image, label) in zip(items, tqdm(loader, items[0].dataset, unit="image", disable=not progress)):
+        try:
+            pred = predict(score, image.to(device, non_blocking=True), label.shape, **protocol)
             conf += confusion_matrix(pred, label, len(conf))
-    except UserError as error:
-        raise UserError(f"{item.image}: {error}") from None
-    finally:
-        bar.close()
-        del bar  # ends the workers now; left to the traceback of an error, they would linger for ten seconds
+        except UserError as error:
+            raise UserError(f"{item.image}: {error}") from None
     return conf
 
 
@@ -289,11 +256,10 @@ def write_results(run, confs, protocol=PROTOCOL, images=None):
                    mean_rule="mean of the miou of the unseen targets; data sets of the source are left out", **taken)
     results["mean"] = table(results)["mean"]["mean"]
 
+    lines = [["target", "miou", "unseen", "images", *taken, *data.CLASSES]]
+    lines += [[name, row["miou"], row["unseen"], row["images"], *taken.values(), *row["iou"].values()] for name, row in targets.items()]
     text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["target", "miou", "unseen", "images", *taken, *data.CLASSES])
-    for name, row in targets.items():  # None becomes an empty cell
-        rows.writerow([name, row["miou"], row["unseen"], row["images"], *taken.values(), *row["iou"].values()])
+    csv.writer(text, lineterminator="\n").writerows(lines)  # None becomes an empty cell
     checkpoint.write_atomically(Path(config.out) / "results.csv", lambda file: file.write(text.getvalue().encode()))
     checkpoint.write_json(Path(config.out) / "results.json", results)
     return results
@@ -416,20 +382,14 @@ def _demo():
     assert abs(mean_iou(conf) - (93 / 98 + 2 / 7) / 2) < 1e-12
 
     images = [([0, 0, 0, 0], [0, 0, 0, 0]), ([1, 0, 0, 0], [1, 1, 0, VOID])]  # (prediction, label)
-    tables = [confusion_matrix(np.array(pred), np.array(label), 2) for pred, label in images]
+    tables = [confusion_matrix(pred, label, 2) for pred, label in images]
     apart = sum(mean_iou(table) for table in tables) / 2
     print(f"one table for two images: mIoU {mean_iou(sum(tables)):.3f}; the mean of their mIoUs would say {apart:.3f}")
 
     image = torch.randn(3, 50, 70, generator=torch.Generator().manual_seed(0))
-
-    def by_colour(image):  # a network that looks at single pixels
-        return image.log_softmax(1)
-
-    whole = predict(by_colour, image, (50, 70))
-    windows = predict(by_colour, image, (50, 70), slide=32, slide_stride=20, flip=True)
-    print(f"whole image and {len(_starts(50, 32, 20)) * len(_starts(70, 32, 20))} mirrored windows agree on "
-          f"{100 * (whole == windows).mean():.0f} % of the pixels")
-    assert (whole == windows).all() and (whole == image.argmax(0).numpy()).all()
+    whole, windows = (predict(lambda x: x.log_softmax(1), image, (50, 70), slide=slide, flip=True) for slide in (0, 32))
+    print(f"a network that looks at single pixels sees the same in whole images and in windows: {(whole == windows).all()}")
+    assert (whole == windows).all()
 
 
 if __name__ == "__main__":

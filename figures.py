@@ -55,14 +55,12 @@ DPI = 150  # readable on a screen and in print
 
 def _figure(width, height):
     from matplotlib.figure import Figure  # here: a second of import that most runs of this file do not need
-
     return Figure(figsize=(width, height), layout="constrained")  # no pyplot: no window, no global state
 
 
 def _finish(fig, path, classes=(*range(len(data.CLASSES)), VOID)):
     """Legend of the classes, then the file, whole or not at all."""
     from matplotlib.patches import Patch
-
     patches = [Patch(fc=colours(c) / 255, ec="black", lw=0.4, label="void" if c == VOID else data.CLASSES[c])
                for c in classes]
     if patches:
@@ -72,30 +70,26 @@ def _finish(fig, path, classes=(*range(len(data.CLASSES)), VOID)):
     return path
 
 
-def figure_predictions(path, rows, title="", inches=3.2, titles=True):
+def figure_predictions(path, rows, title="", inches=3.2):
     """One line of panels per row. rows: dicts {panel title: array}, as many panels in each; inches: width of a panel.
 
     What an array is can be seen from it: uint8 (H, W, 3) a picture; uint8 (H, W) train ids, drawn in class colours;
     bool (H, W) a mask; float (H, W) a map in [0, 1] with a colour bar, nan (void) in grey.
     """
     from matplotlib import colormaps
-
-    shape = rows[0][next(iter(rows[0]))].shape
-    fig = _figure(inches * len(rows[0]), (inches * shape[0] / shape[1] + 0.1) * len(rows) + 1.2)
+    height, width = next(iter(rows[0].values())).shape[:2]
+    fig = _figure(inches * len(rows[0]), (inches * height / width + 0.1) * len(rows) + 1.2)
     axes = fig.subplots(len(rows), len(rows[0]), squeeze=False)
     for line, row in zip(axes, rows):
         for ax, array in zip(line, row.values()):
             ax.set_axis_off()
-            if array.dtype == np.uint8:
-                ax.imshow(colours(array), interpolation="nearest") if array.ndim == 2 else ax.imshow(array)
-            else:
-                cmap = colormaps["gray" if array.dtype == bool else "viridis"].with_extremes(bad="0.6")
-                ax.imshow(array, cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
-    for column, (name, array) in enumerate(rows[-1].items()):
-        if titles:
-            axes[0, column].set_title(name, fontsize=10)
+            image = colours(array) if array.dtype == np.uint8 and array.ndim == 2 else array
+            cmap = colormaps["gray" if array.dtype == bool else "viridis"].with_extremes(bad="0.6")
+            ax.imshow(image, cmap=cmap, vmin=0, vmax=1, interpolation="nearest")  # pictures in colour heed no cmap
+    for column, (name, array) in zip(axes.T, rows[-1].items()):
+        column[0].set_title(name, fontsize=10)
         if array.dtype.kind == "f":
-            fig.colorbar(axes[-1, column].images[0], ax=axes[:, column], location="bottom", fraction=0.03, aspect=30)
+            fig.colorbar(column[-1].images[0], ax=column, location="bottom", fraction=0.03, aspect=30)
     fig.suptitle(title, fontsize=11)
     fig.get_layout_engine().set(h_pad=0.06)
     return _finish(fig, path)
@@ -125,30 +119,25 @@ def figure_embedding(path, stages):
     Each stage has its own plane, the two main directions of its pixels and prototypes together, which its columns
     share: where source and targets lie in it can be compared by eye.
     """
-    from matplotlib.lines import Line2D
-
     groups = list(next(iter(stages.values()))[1])
     fig = _figure(5.2 * len(groups), 4.4 * len(stages) + 0.8)
     axes = fig.subplots(len(stages), len(groups), squeeze=False, sharex="row", sharey="row")
     present = sorted({int(c) for _, parts in stages.values() for _, label in parts.values() for c in np.unique(label)})
     for line, (stage, (prototypes, parts)) in zip(axes, stages.items()):
         prototypes = np.asarray(prototypes, np.float64)[present]
-        points = np.concatenate([prototypes, *(np.asarray(emb, np.float64) for emb, _ in parts.values())])
+        points = np.concatenate([prototypes, *(emb for emb, _ in parts.values())])
         centre = points.mean(0)
         _, strength, axis = np.linalg.svd(points - centre, full_matrices=False)  # rows of axis: directions, main first
         share = 100 * strength[:2] ** 2 / (strength ** 2).sum()
-        anchor = (prototypes - centre) @ axis[:2].T
         for ax, (group, (emb, label)) in zip(line, parts.items()):
-            where = (np.asarray(emb, np.float64) - centre) @ axis[:2].T
-            ax.scatter(*where.T, s=5, c=data.COLORS[label] / 255, alpha=0.6, linewidths=0)
-            ax.scatter(*anchor.T, s=130, c=data.COLORS[present] / 255, marker="*", edgecolors="black", linewidths=0.8)
+            ax.scatter(*axis[:2] @ (emb - centre).T, s=5, c=data.COLORS[label] / 255, alpha=0.6, linewidths=0, label="pixel")
+            ax.scatter(*axis[:2] @ (prototypes - centre).T, s=130, c=data.COLORS[present] / 255, marker="*", edgecolors="black",
+                       linewidths=0.8, label="text prototype (OTP)")
             ax.set_title(f"{stage}: {group}", fontsize=10)
             ax.set_xlabel(f"first direction ({share[0]:.0f} % of the variance)", fontsize=8)
             ax.tick_params(labelsize=7)
         line[0].set_ylabel(f"second direction ({share[1]:.0f} %)", fontsize=8)
-    marks = [Line2D([], [], marker=".", ls="", color="0.4", label="pixel"),
-             Line2D([], [], marker="*", ls="", ms=11, mfc="0.8", mec="black", label="text prototype (OTP)")]
-    line[-1].legend(handles=marks, fontsize=8, loc="best")
+    axes[-1, -1].legend(fontsize=8, loc="best")
     return _finish(fig, path, present)
 
 
@@ -271,8 +260,8 @@ def gallery(path, scenes=3):
     rows = []
     for domain in toy.DOMAINS:
         drawn = [toy.draw(domain, "val", k)[:2] for k in range(scenes)]
-        rows.append({f"{domain} {name} {k}": array for k, pair in enumerate(drawn) for name, array in zip(("scene", "label"), pair)})
-    print("figure:", figure_predictions(path, rows, " / ".join(name.removeprefix("toy-") for name in toy.DOMAINS), inches=2, titles=False))
+        rows.append({f"{name} {k}": array for k, pair in enumerate(drawn) for name, array in zip(("scene", "label"), pair)})
+    print("figure:", figure_predictions(path, rows, " / ".join(name.removeprefix("toy-") for name in toy.DOMAINS), inches=2))
 
 
 def main(args):
@@ -290,13 +279,10 @@ def main(args):
 
 def _demo():
     """A made-up opinion that suspects just the harmful pixels of two drawn scenes, drawn and scored."""
-    scenes = []
-    for index in range(2):
-        image, label, wrong = toy.draw("toy-gta5", "train", index, harmful=1.0)
-        scenes.append((image, label, wrong, np.where(wrong, 0.2, 0.8)))
+    drawn = [toy.draw("toy-gta5", "train", index, harmful=1.0) for index in range(2)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "reliability.png"
-        area = figure_reliability(path, scenes)
+        area = figure_reliability(path, [(image, label, wrong, np.where(wrong, 0.2, 0.8)) for image, label, wrong in drawn])
         print(f"AUROC {area:.1f}, drawn on {Image.open(path).size} pixels")
     assert area == 1
 
