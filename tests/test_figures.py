@@ -1,12 +1,12 @@
 """Tests of figures.py: what a figure is asked to show, that it shows just that, and the doors that draw them."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import write_tiny
 from make_clip import make_clip
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -20,9 +20,10 @@ import figures
 import model
 import ppar
 import toy
-from data import VOID, UserError
+from data import VOID
 
 torch.set_num_threads(1)
+CLIP = make_clip(dim=24, layers=(1, 1, 1, 1), vocabulary=9, context=8)
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +31,8 @@ def drawn(monkeypatch):
     """Every matplotlib figure that is saved, in few pixels: most of the time goes into them."""
     kept, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda fig, file, **_: kept.append(fig) or save(fig, file, dpi=30, format="png"))
+    monkeypatch.setattr(figures, "SCENES", 8)
+    monkeypatch.setattr(figures, "load_clip", lambda name: (CLIP, ""))
     return kept
 
 
@@ -37,13 +40,9 @@ def drawn(monkeypatch):
 def asked(monkeypatch):
     """{file name: what its figure is asked to show}; nothing is drawn."""
     kept = {}
-    for kind in ("predictions", "reliability", "embedding"):
-        def record(path, *what, answer=0.5 if kind == "reliability" else None, **_):
-            kept[Path(path).name] = what
-            return answer or path
-        monkeypatch.setattr(figures, f"figure_{kind}", record)
-    monkeypatch.setattr(figures, "SCENES", 8)
-    monkeypatch.setattr(figures, "load_clip", lambda name: (make_clip(dim=24, layers=(1,) * 4, vocabulary=9, context=8), ""))
+    for kind, area in (("predictions", None), ("reliability", 0.5), ("embedding", None)):
+        monkeypatch.setattr(figures, f"figure_{kind}", lambda path, *what, area=area, **_:
+                            kept.update({Path(path).name: what}) or area or path)
     return kept
 
 
@@ -51,108 +50,139 @@ def command(*words):
     figures.main(figures.parse([str(word) for word in words]))
 
 
-def refused(*words):
-    with pytest.raises(SystemExit) as caught:
-        command(*words)
-    return caught.value.code
-
-
-def loaded(run, **config):
-    """The checkpoint.Run of a fixture's folder, its figures to be drawn into that folder."""
-    found = checkpoint.load_run(run[0])
-    vars(found.config).update(out=str(run[0]), **config)
-    return found
-
-
-def shown(ax):
-    """Colours (H, W, 3) uint8 of a panel's picture."""
-    return ax.images[0].to_rgba(ax.images[0].get_array(), bytes=True)[..., :3]
-
-
-def words(legend):
-    return [text.get_text() for text in legend.get_texts()]
-
-
-# ------------------------------------------------------------------------------------------------------------ drawing
-
-
-@pytest.mark.parametrize("titles", [True, False])
-def test_a_panel_shows_its_array_as_picture_classes_mask_or_map(tmp_path, drawn, titles):
-    rng = np.random.default_rng(0)
-    ids = rng.choice([*range(19), VOID], (20, 30)).astype(np.uint8)
-    omega = np.where(ids == VOID, np.nan, rng.uniform(0.3, 0.6, ids.shape))
-    row = dict(picture=rng.integers(0, 256, (20, 30, 3), np.uint8), truth=ids, mask=ids == 2, omega=omega)
-    figures.figure_predictions(tmp_path / "p.png", [row, row], "a title", inches=2.5, titles=titles)
-    fig, = drawn
-    want = [row["picture"], data.colours(ids), np.repeat(255 * (ids == 2)[..., None], 3, 2),
-            np.where((ids == VOID)[..., None], 153, colormaps["viridis"](omega, bytes=True)[..., :3])]
-    for ax, colours in zip(fig.axes[:8], want * 2, strict=True):
-        assert (shown(ax) == colours).all() and not ax.axison
-    assert [ax.get_title() for ax in fig.axes[:4]] == ([*row] if titles else [""] * 4) and not fig.axes[4].get_title()
-    assert len(fig.axes) == 9 and fig.get_suptitle() == "a title"  # the ninth: one colour bar for both maps
-    assert words(fig.legends[0]) == [*data.CLASSES, "void"]
-    assert [patch.get_facecolor()[:3] for patch in fig.legends[0].get_patches()] == [*map(tuple, data.colours([*range(19), VOID]) / 255)]
-    width, height = fig.get_size_inches()
-    assert width == 10 and 2 * 2.5 * 20 / 30 < height < 5.5
-    assert 0.5 * fig.bbox.width < fig.legends[0].get_window_extent().width < fig.bbox.width
-    assert Image.open(tmp_path / "p.png").size == (300, int(30 * height))
-
-
-def test_the_reliability_figure_scores_one_minus_omega_over_all_labelled_pixels_and_shows_spoilt_scenes(tmp_path, drawn):
-    rng = np.random.default_rng(0)
-    scenes = [(rng.integers(0, 256, (20, 30, 3), np.uint8), rng.choice([0, 2, VOID], (20, 30)).astype(np.uint8),
-               rng.random((20, 30)) < 0.2, rng.integers(0, 9, (20, 30)) / 9) for _ in range(8)]
-    scenes[0][2][:] = False
-    scenes[4][2][:] = scenes[4][1] == VOID  # nothing to find
-    label, wrong, omega = (np.stack([scene[k] for scene in scenes]) for k in (1, 2, 3))
-    bad, good = omega[wrong & (label != VOID)][:, None], omega[~wrong & (label != VOID)]
-    area = figures.figure_reliability(tmp_path / "r.png", scenes, ", a note")
+def test_the_reliability_figure_scores_one_minus_omega_and_shows_spoilt_scenes_grey_on_void(tmp_path, drawn):
+    rng, shape = np.random.default_rng(0), (8, 20, 30)
+    image, label = rng.integers(0, 256, (*shape, 3), np.uint8), rng.choice([0, 2, VOID], shape).astype(np.uint8)
+    wrong, omega, valid = rng.random(shape) < 0.2, rng.integers(1, 9, shape) / 10, label != VOID
+    wrong[0], wrong[4] = False, ~valid[4]  # nothing to find there
+    area = figures.figure_reliability(tmp_path / "r.png", [*zip(image, label, wrong, omega)], ", a note")
+    bad, good = omega[wrong & valid][:, None], omega[~wrong & valid]
     assert area == pytest.approx(((bad < good) + 0.5 * (bad == good)).mean(), abs=1e-12)  # harmful: the lower omega
-    fig, = drawn
-    assert f"AUROC {area:.3f} (8 scenes, a note)" in fig.get_suptitle() and len(fig.axes) == 21
-    for line, k in enumerate((1, 2, 3, 5, 6)):
-        panels = [shown(ax) for ax in fig.axes[4 * line:4 * line + 4]]
-        assert (panels[0] == scenes[k][0]).all() and (panels[1] == data.colours(label[k])).all()
-        assert (panels[2][..., 0] == 255 * (wrong[k] & (label[k] != VOID))).all()
-        assert ((panels[3] == 153).all(-1) == (label[k] == VOID)).all()
-    figures.figure_reliability(tmp_path / "r.png", [scenes[0], scenes[4]])
-    assert len(drawn[1].axes) == 5 and (shown(drawn[1].axes[0]) == scenes[0][0]).all()
+    assert f"AUROC {area:.3f} (8 scenes, a note)" in drawn[0].get_suptitle()
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == [*data.CLASSES, "void"]
+    panels = [ax.images[0].to_rgba(ax.images[0].get_array(), bytes=True)[..., :3] for ax in drawn[0].axes[:20]]
+    found = np.array(panels).reshape(5, 4, 20, 30, 3).swapaxes(0, 1)
+    k = [1, 2, 3, 5, 6]
+    assert (found[0] == image[k]).all() and (found[1] == data.colours(label[k])).all()
+    assert (found[2] == 255 * (wrong & valid)[k, ..., None]).all()
+    map_colours = np.where(valid[..., None], colormaps["viridis"](omega, bytes=True)[..., :3], 153)
+    assert (found[3] == map_colours[k]).all() and len(drawn[0].axes) == 21  # the last: one colour bar
 
 
 def test_an_embedding_is_seen_in_the_plane_of_the_largest_variance_of_pixels_and_present_prototypes(tmp_path, drawn):
-    rng, stages = np.random.default_rng(0), {}
-    for stage in ("before", "after"):
-        parts = {group: (rng.normal(size=(30, 5)) * (1, 3, 0.1, 2, 0.2), rng.choice(classes, 30))
-                 for group, classes in (("source", [0, 2]), ("targets", [2, 13]))}
-        stages[stage] = rng.normal(size=(19, 5)), parts
-    figures.figure_embedding(tmp_path / "e.png", stages)
-    fig, = drawn
-    assert words(fig.legends[0]) == ["road", "building", "car"]
-    for line, (stage, (prototypes, parts)) in enumerate(stages.items()):
-        points = np.concatenate([prototypes[[0, 2, 13]], *(emb for emb, _ in parts.values())])
-        variance, axis = np.linalg.eigh(np.cov(points.T))
-        axes = fig.axes[2 * line:2 * line + 2]
-        assert f"({100 * variance[-1] / variance.sum():.0f} %" in axes[0].get_xlabel()
-        assert f"({100 * variance[-2] / variance.sum():.0f} %" in axes[0].get_ylabel()
-        anchors = (prototypes[[0, 2, 13]] - points.mean(0)) @ axis[:, :-3:-1]
-        sign = np.sign(anchors[0] * axes[0].collections[1].get_offsets()[0])  # a direction has none of its own
-        for ax, (group, (emb, label)) in zip(axes, parts.items()):
-            pixels, stars = ax.collections
-            assert ax.get_title() == f"{stage}: {group}" and ax.get_xlim() == axes[0].get_xlim()
-            assert np.allclose(pixels.get_offsets(), (emb - points.mean(0)) @ axis[:, :-3:-1] * sign)
-            assert np.allclose(stars.get_offsets(), anchors * sign)
-            assert np.allclose(pixels.get_facecolors()[:, :3], data.COLORS[label] / 255)
-            assert np.allclose(stars.get_facecolors()[:, :3], data.COLORS[[0, 2, 13]] / 255)
-    assert "text prototype (OTP)" in words(fig.axes[3].get_legend())
+    rng = np.random.default_rng(0)
+    otp, emb = rng.normal(size=(19, 5)), rng.normal(size=(2, 30, 5)) * (1, 3, 0.1, 2, 0.2)
+    label = np.stack([rng.choice([0, 2], 30), rng.choice([2, 13], 30)])
+    figures.figure_embedding(tmp_path / "e.png", {"before": (otp, {"source": (emb[0], label[0]), "targets": (emb[1], label[1])})})
+    source, targets = drawn[0].axes
+    points = np.concatenate([otp[[0, 2, 13]], *emb])
+    variance, axis = np.linalg.eigh(np.cov(points.T))
+    want = (points - points.mean(0)) @ axis[:, :-3:-1]
+    clouds = [source.collections[1], source.collections[0], targets.collections[0]]
+    found = np.concatenate([cloud.get_offsets() for cloud in clouds])
+    assert np.allclose(found, want * np.sign((found * want).sum(0)))  # a direction has no sign of its own
+    colours = np.concatenate([cloud.get_facecolors()[:, :3] for cloud in clouds])
+    assert np.allclose(colours, data.COLORS[[0, 2, 13, *label.flatten()]] / 255)
+    for text, share in zip((source.get_xlabel(), source.get_ylabel()), variance[::-1] / variance.sum()):
+        assert f"({100 * share:.0f} %" in text
 
 
-def test_curves_are_drawn_over_the_logged_steps_with_gaps_where_a_method_has_no_number(tmp_path, drawn):
-    log = [dict(step=0, loss=1.0), dict(step=10, radius_otp=1.0, radius_vtp=None), dict(step=20, radius_otp=0.9, radius_vtp=0.8, lam=0.5)]
+def test_curves_have_a_gap_where_a_method_has_no_number(tmp_path, drawn):
+    log = [dict(step=0), dict(step=10, radius_otp=1.0, radius_vtp=None), dict(step=20, radius_otp=0.9, radius_vtp=0.8, lam=0.5)]
     figures.figure_curves(tmp_path / "c.png", log)
-    figures.figure_curves(tmp_path / "c.png", [dict(step=5, radius_otp=1.0, lam=1.0)])
-    (top, bottom), (alone, _) = (fig.axes for fig in drawn)
-    assert [list(line.get_xdata()) for line in top.lines + bottom.lines] == [[10, 20]] * 3
-    found = {line.get_label().split(",")[0]: line.get_ydata() for line in top.lines}
-    assert np.allclose(found["to VTP"], [np.nan, 0.8], equal_nan=True) and np.allclose(found["to OTP"], [1, 0.9])
-    assert np.allclose(bottom.lines[0].get_ydata(), [np.nan, 0.5], equal_nan=True)
-    assert [line.get_label() for line in alone.lines] == ["to OTP, the second goal"] and not drawn[0].legends
+    figures.figure_curves(tmp_path / "c.png", log[:2])
+    lines = [line for ax in drawn[0].axes for line in ax.lines]
+    assert np.array_equal([line.get_xydata() for line in lines], [[(10, y), (20, z)] for y, z in (
+        (np.nan, 0.8), (1, 0.9), (np.nan, 0.5))], equal_nan=True)
+    assert [line.get_label() for line in drawn[1].axes[0].lines] == ["to OTP, the second goal"]
+
+
+def omegas(ppar, image, label):
+    """Eq. 5 (H, W), 0 on void, every pixel in the cell that holds it: of the OTP alone, and mean of OTP and VTP."""
+    with torch.no_grad():
+        _, emb, vtp = ppar(model.pad(data.to_tensor(image)[None], 32))
+    z = emb[0].repeat_interleave(16, 1).repeat_interleave(16, 2)[:, :label.shape[0], :label.shape[1]]
+    own = [(torch.einsum("dhw,kd->khw", z, p) / 0.07).softmax(0).numpy() for p in (ppar.otp, vtp[0])]
+    own = [np.take_along_axis(omega, label[None] % VOID, 0)[0] * (label != VOID) for omega in own]
+    return own[0], sum(own) / 2
+
+
+def test_figures_of_a_run_show_its_targets_beside_a_second_runs_its_scenes_and_its_cells(run, net, otp, asked):
+    write_tiny(run[1]["data_root"], "bdd", n=9, size=(40, 72), split="val")
+    found, other = checkpoint.load_run(run[0]), checkpoint.load_run(run[0])
+    vars(found.config).update(out=str(run[0]), targets=("bdd", "toy-gta5"), harmful=0.4)
+    other.config.text_weight = 1.0
+    figures.draw_figures(found, other)
+    assert [asked[f"predictions_{name}.png"][1] for name in found.config.targets] == ["bdd (unseen)", "toy-gta5"]
+    items = data.list_items("bdd", run[1]["data_root"], "val")[:8:2]  # four of nine
+    for item, row in zip(items, asked["predictions_bdd.png"][0], strict=True):
+        image, label = data.load_pair(item)
+        preds = [evaluate.predict(scorer(net, otp, beta), data.to_tensor(image), label.shape) for beta in (1.0, 0.25)]
+        omega = np.where(label == VOID, np.nan, omegas(found.ppar, image, label)[0])
+        assert list(row) == ["image", "truth", "compared: run", "prediction: run", "omega from the OTP, Eq. 5"]
+        assert all(np.allclose(a, b, atol=1e-5, equal_nan=True) for a, b in zip(row.values(), (image, label, *preds, omega)))
+    scenes, note = asked["reliability.png"]
+    assert len(scenes) == 8 and not note
+    for k, scene in enumerate(scenes):
+        want = toy.draw("toy-gta5", "train", k, harmful=0.4)
+        assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(scene, (*want, omegas(found.ppar, *want[:2])[1]), strict=True))
+
+    clip = ppar.PPAR(model.SegmentationNet(CLIP.visual, stride=found.ppar.net.arch["stride"]).eval(), found.ppar.otp)
+    groups = dict(source=data.evenly(data.list_items("toy-gta5", "", "train"), 12), targets=items)
+    for (_, parts), module in zip(asked["embedding.png"][0].values(), (clip, found.ppar), strict=True):
+        assert list(parts) == list(groups)
+        for group, (emb, label) in parts.items():
+            pairs = [map(torch.as_tensor, (data.to_tensor(image), truth)) for image, truth in map(data.load_pair, groups[group])]
+            looks = [ppar.look(module, *pair) for pair in pairs]
+            cells = np.concatenate([out.emb[0].flatten(1).T.numpy() for out, _, _ in looks])
+            labels = np.concatenate([grid.flatten().numpy() for _, _, grid in looks])
+            assert (np.bincount(label, minlength=19) == np.bincount(labels, minlength=19)[:19].clip(max=40)).all()
+            assert all(np.abs(cells[labels == y] - z).max(1).min() < 1e-6 for z, y in zip(emb, label))
+
+
+def test_a_run_that_saw_clean_scenes_has_some_spoilt_for_the_figure(run, asked):
+    found = checkpoint.load_run(run[0])
+    found.ppar.vtp = None
+    vars(found.config).update(out=str(run[0]), harmful=0.0)
+    figures.draw_figures(found)
+    scenes, note = asked["reliability.png"]
+    assert "spoilt" in note and any(wrong.any() for _, _, wrong, _ in scenes)
+
+
+def test_figures_are_drawn_by_command(run, capsys):
+    log = [dict(step=step, loss=1.0, lam=step / 9, radius_otp=1.0) for step in range(9)]
+    (run[0] / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    command(run[0], "--device", "cpu", "--compare", run[0])
+    printed = capsys.readouterr().out
+    assert "AUROC" in printed
+    for name in ("predictions_bdd", "curves", "reliability", "embedding"):
+        assert f"figure: {run[0]}/{name}.png" in printed and min(Image.open(run[0] / f"{name}.png").size) > 80
+
+
+def test_pictures_of_ones_own_get_overlays(run, net, otp, tmp_path, asked):
+    files = [tmp_path / folder / "street.png" for folder in "abc"]
+    for file, size in zip(files, ((50, 37, 3), (20, 90), (33, 31))):
+        file.parent.mkdir()
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, size, np.uint8)).save(file)
+    command(run[0], "--images", *files, "--device", "cpu")
+    for file, end in zip(files, ("", "_2", "_2_2")):
+        row = asked[f"overlay_street{end}.png"][0][0]
+        image = np.array(Image.open(file).convert("RGB"))
+        pred = evaluate.predict(scorer(net, otp, 0.25), data.to_tensor(image), image.shape[:2])
+        assert (row["street.png"] == image).all()
+        assert np.abs(row["prediction"] - 0.45 * image - 0.55 * data.colours(pred)).max() <= 1
+    for words, reason in (((run[0], "--images", __file__), "test_figures.py is no picture"),
+                          ((run[0], "--images", tmp_path / "gone.png"), "gone.png is no picture"),
+                          ((tmp_path / "nowhere",), "no such run folder")):
+        with pytest.raises(SystemExit, match=reason):
+            command(*words, "--device", "cpu")
+
+
+def test_the_gallery_and_the_demonstration_need_no_run(asked, capsys, monkeypatch):
+    command("--gallery", "gallery.png")
+    for domain, row in zip(toy.DOMAINS, asked["gallery.png"][0], strict=True):
+        want = [array for k in range(3) for array in toy.draw(domain, "val", k)[:2]]
+        assert all((a == b).all() for a, b in zip(row.values(), want, strict=True)), domain
+    monkeypatch.undo()
+    command()
+    assert "AUROC 1.0" in capsys.readouterr().out
