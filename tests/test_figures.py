@@ -38,11 +38,12 @@ def drawn(monkeypatch):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """{file name: what its figure is asked to show}; nothing is drawn."""
+    """{file name: what its figure is asked to show}; the files hold one grey picture."""
     kept = {}
-    for kind, area in (("predictions", None), ("reliability", 0.5), ("embedding", None)):
-        monkeypatch.setattr(figures, f"figure_{kind}", lambda path, *what, area=area, **_:
-                            kept.update({Path(path).name: what}) or area or path)
+    monkeypatch.setattr(Figure, "savefig", lambda fig, file, **_: Image.new("L", (9, 9)).save(file, "png"))
+    for name in ("figure_predictions", "figure_reliability", "figure_embedding"):
+        monkeypatch.setattr(figures, name, lambda path, *what, draw=getattr(figures, name), **keys:
+                            kept.setdefault(Path(path).name, what) and draw(path, *what, **keys))
     return kept
 
 
@@ -107,56 +108,43 @@ def omegas(ppar, image, label):
     return own[0], sum(own) / 2
 
 
-def test_figures_of_a_run_show_its_targets_beside_a_second_runs_its_scenes_and_its_cells(run, net, otp, asked):
+@pytest.mark.parametrize("harmful", [0.4, 0.0])
+def test_figures_of_a_run_show_its_targets_beside_a_second_runs_its_scenes_and_its_cells(run, net, otp, asked, capsys, harmful):
     write_tiny(run[1]["data_root"], "bdd", n=9, size=(40, 72), split="val")
-    found, other = checkpoint.load_run(run[0]), checkpoint.load_run(run[0])
-    vars(found.config).update(out=str(run[0]), targets=("bdd", "toy-gta5"), harmful=0.4)
-    other.config.text_weight = 1.0
-    figures.draw_figures(found, other)
-    assert [asked[f"predictions_{name}.png"][1] for name in found.config.targets] == ["bdd (unseen)", "toy-gta5"]
+    (run[0] / "log.jsonl").write_text(json.dumps(dict(step=0, radius_otp=1.0)))
+    state = torch.load(run[0] / "last.pt")
+    for name, change in (("run", dict(harmful=harmful)), ("other", dict(text_weight=1.0))):
+        (run[0].parent / name).mkdir(exist_ok=True)
+        torch.save({**state, "config": {**run[1], **change}}, run[0].parent / name / "last.pt")
+    command(run[0], "--targets", "bdd", "toy-gta5", "--device", "cpu", "--compare", run[0].parent / "other")
+    names = [line.split("/")[-1] for line in capsys.readouterr().out.splitlines() if line.startswith(f"figure: {run[0]}")]
+    assert names == [f"{name}.png" for name in ("predictions_bdd", "predictions_toy-gta5", "curves", "reliability", "embedding")]
+    assert {path.name for path in run[0].iterdir()} == {*names, "last.pt", "log.jsonl"}
     items = data.list_items("bdd", run[1]["data_root"], "val")[:8:2]  # four of nine
-    for item, row in zip(items, asked["predictions_bdd.png"][0], strict=True):
+    module = checkpoint.load_run(run[0]).ppar
+    rows, title = asked["predictions_bdd.png"]
+    assert title == "bdd (unseen)" and asked["predictions_toy-gta5.png"][1] == "toy-gta5"
+    for item, row in zip(items, rows, strict=True):
         image, label = data.load_pair(item)
         preds = [evaluate.predict(scorer(net, otp, beta), data.to_tensor(image), label.shape) for beta in (1.0, 0.25)]
-        omega = np.where(label == VOID, np.nan, omegas(found.ppar, image, label)[0])
-        assert list(row) == ["image", "truth", "compared: run", "prediction: run", "omega from the OTP, Eq. 5"]
+        omega = np.where(label == VOID, np.nan, omegas(module, image, label)[0])
+        assert list(row) == ["image", "truth", "compared: other", "prediction: run", "omega from the OTP, Eq. 5"]
         assert all(np.allclose(a, b, atol=1e-5, equal_nan=True) for a, b in zip(row.values(), (image, label, *preds, omega)))
     scenes, note = asked["reliability.png"]
-    assert len(scenes) == 8 and not note
+    assert len(scenes) == 8 and ("spoilt" in note) == (not harmful)  # a run without any has some for the figure alone
     for k, scene in enumerate(scenes):
-        want = toy.draw("toy-gta5", "train", k, harmful=0.4)
-        assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(scene, (*want, omegas(found.ppar, *want[:2])[1]), strict=True))
+        want = toy.draw("toy-gta5", "train", k, harmful=harmful or 0.1)
+        assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(scene, (*want, omegas(module, *want[:2])[1]), strict=True))
 
-    clip = ppar.PPAR(model.SegmentationNet(CLIP.visual, stride=found.ppar.net.arch["stride"]).eval(), found.ppar.otp)
-    groups = dict(source=data.evenly(data.list_items("toy-gta5", "", "train"), 12), targets=items)
-    for (_, parts), module in zip(asked["embedding.png"][0].values(), (clip, found.ppar), strict=True):
-        assert list(parts) == list(groups)
-        for group, (emb, label) in parts.items():
-            pairs = [map(torch.as_tensor, (data.to_tensor(image), truth)) for image, truth in map(data.load_pair, groups[group])]
-            looks = [ppar.look(module, *pair) for pair in pairs]
+    clip = ppar.PPAR(model.SegmentationNet(CLIP.visual, stride=net.arch["stride"]).eval(), otp)
+    groups = data.evenly(data.list_items("toy-gta5", "", "train"), 12), items
+    for (_, parts), stage in zip(asked["embedding.png"][0].values(), (clip, module), strict=True):
+        for (emb, label), group in zip(parts.values(), groups, strict=True):
+            looks = [ppar.look(stage, data.to_tensor(image), torch.from_numpy(truth)) for image, truth in map(data.load_pair, group)]
             cells = np.concatenate([out.emb[0].flatten(1).T.numpy() for out, _, _ in looks])
             labels = np.concatenate([grid.flatten().numpy() for _, _, grid in looks])
             assert (np.bincount(label, minlength=19) == np.bincount(labels, minlength=19)[:19].clip(max=40)).all()
             assert all(np.abs(cells[labels == y] - z).max(1).min() < 1e-6 for z, y in zip(emb, label))
-
-
-def test_a_run_that_saw_clean_scenes_has_some_spoilt_for_the_figure(run, asked):
-    found = checkpoint.load_run(run[0])
-    found.ppar.vtp = None
-    vars(found.config).update(out=str(run[0]), harmful=0.0)
-    figures.draw_figures(found)
-    scenes, note = asked["reliability.png"]
-    assert "spoilt" in note and any(wrong.any() for _, _, wrong, _ in scenes)
-
-
-def test_figures_are_drawn_by_command(run, capsys):
-    log = [dict(step=step, loss=1.0, lam=step / 9, radius_otp=1.0) for step in range(9)]
-    (run[0] / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
-    command(run[0], "--device", "cpu", "--compare", run[0])
-    printed = capsys.readouterr().out
-    assert "AUROC" in printed
-    for name in ("predictions_bdd", "curves", "reliability", "embedding"):
-        assert f"figure: {run[0]}/{name}.png" in printed and min(Image.open(run[0] / f"{name}.png").size) > 80
 
 
 def test_pictures_of_ones_own_get_overlays(run, net, otp, tmp_path, asked):
@@ -166,23 +154,20 @@ def test_pictures_of_ones_own_get_overlays(run, net, otp, tmp_path, asked):
         Image.fromarray(np.random.default_rng(0).integers(0, 256, size, np.uint8)).save(file)
     command(run[0], "--images", *files, "--device", "cpu")
     for file, end in zip(files, ("", "_2", "_2_2")):
-        row = asked[f"overlay_street{end}.png"][0][0]
-        image = np.array(Image.open(file).convert("RGB"))
+        image, over = asked[f"overlay_street{end}.png"][0][0].values()
         pred = evaluate.predict(scorer(net, otp, 0.25), data.to_tensor(image), image.shape[:2])
-        assert (row["street.png"] == image).all()
-        assert np.abs(row["prediction"] - 0.45 * image - 0.55 * data.colours(pred)).max() <= 1
-    for words, reason in (((run[0], "--images", __file__), "test_figures.py is no picture"),
-                          ((run[0], "--images", tmp_path / "gone.png"), "gone.png is no picture"),
-                          ((tmp_path / "nowhere",), "no such run folder")):
+        assert (image == np.array(Image.open(file).convert("RGB"))).all()
+        assert np.abs(over - 0.45 * image - 0.55 * data.colours(pred)).max() <= 1 and (run[0] / f"overlay_street{end}.png").is_file()
+    for words, reason in (((run[0], "--images", __file__), "test_figures.py is no picture"), ((tmp_path,), "no last.pt"),
+                          ((run[0], "--images", tmp_path / "gone.png"), "gone.png is no picture")):
         with pytest.raises(SystemExit, match=reason):
             command(*words, "--device", "cpu")
 
 
-def test_the_gallery_and_the_demonstration_need_no_run(asked, capsys, monkeypatch):
-    command("--gallery", "gallery.png")
+def test_the_gallery_and_the_demonstration_need_no_run(tmp_path, asked, capsys):
+    command("--gallery", tmp_path / "gallery.png")
     for domain, row in zip(toy.DOMAINS, asked["gallery.png"][0], strict=True):
         want = [array for k in range(3) for array in toy.draw(domain, "val", k)[:2]]
         assert all((a == b).all() for a, b in zip(row.values(), want, strict=True)), domain
-    monkeypatch.undo()
     command()
     assert "AUROC 1.0" in capsys.readouterr().out
