@@ -225,7 +225,7 @@ def test_stopping_a_png_at_the_last_row_of_the_view_changes_no_sample(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- views
 
 
-def test_image_and_label_stay_aligned_labels_are_never_interpolated_and_padding_is_void_and_says_nothing(tmp_path, monkeypatch):
+def test_image_and_label_stay_aligned_no_label_is_interpolated_and_padding_says_nothing(tmp_path, monkeypatch):
     # Red tells x and green tells y of the original pixel, so each pixel of a view says itself what its label should be.
     monkeypatch.setattr(data, "colour_jitter", lambda image, rng: image)
     monkeypatch.setattr(data, "gaussian_blur", lambda image, rng: image)
@@ -379,8 +379,8 @@ def test_a_stream_needs_sources_a_crop_a_seed_a_convention_and_files(tmp_path, s
         assert "10 training pairs in a row are bad" in error_of(stream.__getitem__, 0)
 
 
-@pytest.mark.parametrize("source, kind", [(source, kind) for source in (0, 1) for kind in FAULTS if (source, kind) != (1, "colours")])
-def test_a_bad_file_is_found_before_training_and_in_training_named_once_and_replaced_by_the_next_of_its_source(sources, source, kind):
+@pytest.mark.parametrize("source, kind", [*((0, kind) for kind in FAULTS), *((1, kind) for kind in FAULTS if kind != "colours")])
+def test_a_bad_file_is_found_before_training_and_in_it_named_once_and_replaced_by_the_next_pair(sources, source, kind):
     def sampled(**keys):
         return samples(stream, range(28), **keys)
 

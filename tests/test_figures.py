@@ -109,7 +109,7 @@ def omegas(ppar, image, label):
 
 
 @pytest.mark.parametrize("harmful", [0.4, 0.0])
-def test_figures_of_a_run_show_its_targets_beside_a_second_runs_its_scenes_and_its_cells(run, net, otp, asked, capsys, harmful):
+def test_figures_of_a_run_show_its_targets_beside_a_second_runs_its_scenes_and_cells(run, net, otp, asked, capsys, harmful):
     write_tiny(run[1]["data_root"], "bdd", n=9, size=(40, 72), split="val")
     (run[0] / "log.jsonl").write_text(json.dumps(dict(step=0, radius_otp=1.0)))
     state = torch.load(run[0] / "last.pt")
@@ -140,7 +140,8 @@ def test_figures_of_a_run_show_its_targets_beside_a_second_runs_its_scenes_and_i
     groups = data.evenly(data.list_items("toy-gta5", "", "train"), 12), items
     for (_, parts), stage in zip(asked["embedding.png"][0].values(), (clip, module), strict=True):
         for (emb, label), group in zip(parts.values(), groups, strict=True):
-            looks = [ppar.look(stage, data.to_tensor(image), torch.from_numpy(truth)) for image, truth in map(data.load_pair, group)]
+            pairs = map(data.load_pair, group)
+            looks = [ppar.look(stage, data.to_tensor(image), torch.from_numpy(truth)) for image, truth in pairs]
             cells = np.concatenate([out.emb[0].flatten(1).T.numpy() for out, _, _ in looks])
             labels = np.concatenate([grid.flatten().numpy() for _, _, grid in looks])
             assert (np.bincount(label, minlength=19) == np.bincount(labels, minlength=19)[:19].clip(max=40)).all()
@@ -157,7 +158,8 @@ def test_pictures_of_ones_own_get_overlays(run, net, otp, tmp_path, asked):
         image, over = asked[f"overlay_street{end}.png"][0][0].values()
         pred = evaluate.predict(scorer(net, otp, 0.25), data.to_tensor(image), image.shape[:2])
         assert (image == np.array(Image.open(file).convert("RGB"))).all()
-        assert np.abs(over - 0.45 * image - 0.55 * data.colours(pred)).max() <= 1 and (run[0] / f"overlay_street{end}.png").is_file()
+        assert np.abs(over - 0.45 * image - 0.55 * data.colours(pred)).max() <= 1
+        assert (run[0] / f"overlay_street{end}.png").is_file()
     for words, reason in (((run[0], "--images", __file__), "test_figures.py is no picture"), ((tmp_path,), "no last.pt"),
                           ((run[0], "--images", tmp_path / "gone.png"), "gone.png is no picture")):
         with pytest.raises(SystemExit, match=reason):
