@@ -99,13 +99,14 @@ def test_curves_have_a_gap_where_a_method_has_no_number(tmp_path, drawn):
 
 
 def omegas(ppar, image, label):
-    """Eq. 5 (H, W), 0 on void, every pixel in the cell that holds it: of the OTP alone, and mean of OTP and VTP."""
+    """Eq. 5 (H, W), 0 on void, every pixel in the cell that holds it: of the OTP alone, and mean with the VTP if any."""
     with torch.no_grad():
         _, emb, vtp = ppar(model.pad(data.to_tensor(image)[None], 32))
     z = emb[0].repeat_interleave(16, 1).repeat_interleave(16, 2)[:, :label.shape[0], :label.shape[1]]
-    own = [(torch.einsum("dhw,kd->khw", z, p) / 0.07).softmax(0).numpy() for p in (ppar.otp, vtp[0])]
+    asked = (ppar.otp,) if vtp is None else (ppar.otp, vtp[0])
+    own = [(torch.einsum("dhw,kd->khw", z, p) / 0.07).softmax(0).numpy() for p in asked]
     own = [np.take_along_axis(omega, label[None] % VOID, 0)[0] * (label != VOID) for omega in own]
-    return own[0], sum(own) / 2
+    return own[0], sum(own) / len(own)
 
 
 @pytest.mark.parametrize("harmful", [0.4, 0.0])
@@ -113,6 +114,7 @@ def test_figures_of_a_run_show_its_targets_beside_a_second_runs_its_scenes_and_c
     write_tiny(run[1]["data_root"], "bdd", n=9, size=(40, 72), split="val")
     (run[0] / "log.jsonl").write_text(json.dumps(dict(step=0, radius_otp=1.0)))
     state = torch.load(run[0] / "last.pt")
+    state["vtp"] = state["vtp"] if harmful else None  # as a method without one leaves it
     for name, change in (("run", dict(harmful=harmful)), ("other", dict(text_weight=1.0))):
         (run[0].parent / name).mkdir(exist_ok=True)
         torch.save({**state, "config": {**run[1], **change}}, run[0].parent / name / "last.pt")
