@@ -67,6 +67,8 @@ def test_names_and_colours_are_the_fields():
         "rider, car, truck, bus, train, motorcycle, bicycle")
     assert data.COLORS.shape == (19, 3) and data.COLORS.dtype == np.uint8 and len({*map(tuple, data.COLORS)}) == 19
     assert tuple(data.COLORS[0]) == (128, 64, 128) and tuple(data.COLORS[13]) == (0, 0, 142)
+    official = pytest.importorskip("cityscapesscripts.helpers.labels").trainId2label
+    assert [(official[c].name, official[c].color) for c in range(19)] == [*zip(data.CLASSES, map(tuple, data.COLORS))]
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -61,6 +61,7 @@ def test_the_reliability_figure_scores_one_minus_omega_and_shows_spoilt_scenes_g
     assert area == pytest.approx(((bad < good) + 0.5 * (bad == good)).mean(), abs=1e-12)  # harmful: the lower omega
     assert f"AUROC {area:.3f} (8 scenes, a note)" in drawn[0].get_suptitle()
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == [*data.CLASSES, "void"]
+    assert drawn[0].get_figheight() > 5 * drawn[0].get_figwidth() / 4 * 20 / 30  # room for every panel and the legend
     panels = [ax.images[0].to_rgba(ax.images[0].get_array(), bytes=True)[..., :3] for ax in drawn[0].axes[:20]]
     found = np.array(panels).reshape(5, 4, 20, 30, 3).swapaxes(0, 1)
     k = [1, 2, 3, 5, 6]
