@@ -1,9 +1,10 @@
 """Eq. 5 and 6: reweight.py against plain loops, and the means and shares that it promises to keep."""
 
-import ast
 import inspect
 import math
+import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -20,66 +21,61 @@ TAU = 0.3
 SIZES = [(3, 5), (6, 10), (7, 11), (10, 9), (16, 33)]  # on the grid; finer by a whole factor; finer by no whole factor
 
 
-def random_case(size=(H, W), seed=0, batch=B, void=0.25):
+def random_case(size=(7, 11)):
     """emb of any length on the H x W grid, label of `size` with some void, unit prototypes per image."""
-    g = torch.Generator().manual_seed(seed)
-    emb = torch.randn(batch, D, H, W, generator=g) * (0.2 + 3 * torch.rand(batch, 1, H, W, generator=g))
-    label = torch.randint(0, K, (batch, *size), generator=g)
-    label[torch.rand(batch, *size, generator=g) < void] = VOID
-    return emb, label, F.normalize(torch.randn(batch, K, D, generator=g), dim=-1)
+    g = torch.Generator().manual_seed(0)
+    emb = torch.randn(B, D, H, W, generator=g) * (0.2 + 3 * torch.rand(B, 1, H, W, generator=g))
+    label = torch.randint(0, K, (B, *size), generator=g)
+    label[torch.rand(B, *size, generator=g) < 0.25] = VOID
+    return emb, label, F.normalize(torch.randn(B, K, D, generator=g), dim=-1)
 
 
-def random_reliability(seed=0, size=(9, 11), batch=4, classes=K, void=0.2):
-    """rel in [0, 1], 0 on void, class 0 far more frequent than the others and far easier."""
+def random_reliability(seed=0, batch=4, classes=K):
+    """omega in [0, 1], also on void, where nobody may look; class 0 far more frequent than the others and far easier."""
     g = torch.Generator().manual_seed(seed)
-    label = torch.randint(0, classes, (batch, *size), generator=g)
+    label = torch.randint(0, classes, (batch, 9, 11), generator=g)
     label[torch.rand(label.shape, generator=g) < 0.6] = 0
-    label[torch.rand(label.shape, generator=g) < void] = VOID
-    rel = torch.rand(label.shape, generator=g) * torch.where(label == 0, 1.0, 0.3)
-    return rel * (label != VOID), label
+    label[torch.rand(label.shape, generator=g) < 0.2] = VOID
+    return torch.rand(label.shape, generator=g) * torch.where(label == 0, 1.0, 0.3), label
+
+
+def renamed(label, *ids):
+    """label with class c under the name ids[c]; void stays void."""
+    return torch.tensor([*ids] + [VOID] * (256 - len(ids)))[label]
 
 
 def reliability_in_loops(emb, label, prototypes, tau):
     """Eq. 5 in Python numbers; prototypes (B, K, D); every pixel of the label asks the cell of the grid it lies in."""
-    h, w = emb.shape[2:]
     height, width = label.shape[1:]
-    rel = torch.zeros(label.shape)
-    for b in range(len(label)):
-        for y in range(height):
-            for x in range(width):
-                c = label[b, y, x].item()
-                if c == 255:
-                    continue
-                z = emb[b, :, math.floor(y * h / height + 1e-9), math.floor(x * w / width + 1e-9)].tolist()
-                length = math.sqrt(sum(a * a for a in z))
-                e = [math.exp(sum(a * p for a, p in zip(z, row)) / length / tau) for row in prototypes[b].tolist()]
-                rel[b, y, x] = e[c] / sum(e)
-    return rel
+    omega = torch.zeros(label.shape)
+    for b, y, x in (label != 255).nonzero().tolist():
+        z = emb[b, :, math.floor(y * H / height + 1e-9), math.floor(x * W / width + 1e-9)].tolist()
+        length = math.sqrt(sum(a * a for a in z))
+        e = [math.exp(sum(a * p for a, p in zip(z, row)) / length / tau) for row in prototypes[b].tolist()]
+        omega[b, y, x] = e[label[b, y, x]] / sum(e)
+    return omega
 
 
-def weights_in_loops(rel, label, ramp, w_min, per_class=True):
-    """Eq. 6 in Python numbers: a dict of lists, one per class (or one for all)."""
+def weights_in_loops(omega, label, ramp, w_min, per_class=True):
+    """Eq. 6 in Python numbers, within each class or over all labelled pixels."""
     groups = {}
-    for position in (label != 255).nonzero().tolist():
-        position = tuple(position)
+    for position in map(tuple, (label != 255).nonzero().tolist()):
         groups.setdefault(label[position].item() if per_class else "all", []).append(position)
-    weight = torch.zeros(rel.shape)
+    weight = torch.zeros(omega.shape)
     for positions in groups.values():
-        omega = [rel[p].item() for p in positions]
-        mean = sum(omega) / len(omega)
-        w = [max(w_min, 1 + ramp * (o / mean - 1)) for o in omega]
-        mean = sum(w) / len(w)
-        for p, value in zip(positions, w):
-            weight[p] = value / mean
+        mean = sum(omega[p].item() for p in positions) / len(positions)
+        u = [max(w_min, 1 + ramp * (omega[p].item() / mean - 1)) for p in positions]
+        for p, value in zip(positions, u):
+            weight[p] = value / (sum(u) / len(u))
     return weight
 
 
 def as_two_processes(work, *tensors):
-    """work(reduce, *halves) for both halves of the batch at once, each in a thread that stands for a process.
+    """work(*halves, reduce) for both halves of the batch at once, each in a thread that stands for a process, joined.
 
-    reduce(x) waits for the other process and gives the sum, as an all-reduce does. -> both results, joined.
+    reduce(x) waits for the other process and gives the sum, as an all-reduce does.
     """
-    barrier, slots, results, errors = threading.Barrier(2, timeout=20), [None, None], [None, None], []
+    barrier, slots = threading.Barrier(2, timeout=20), [None, None]
 
     def process(rank):
         def reduce(x):
@@ -89,56 +85,38 @@ def as_two_processes(work, *tensors):
             barrier.wait()
             return total
 
-        try:
-            results[rank] = work(reduce, *(t.chunk(2)[rank] for t in tensors))
-        except BaseException as error:
-            errors.append(error)
-            barrier.abort()
+        return work(*(t.chunk(2)[rank] for t in tensors), reduce)
 
-    threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors, errors
-    return torch.cat(results)
+    with ThreadPoolExecutor(2) as pool:
+        return torch.cat(list(pool.map(process, (0, 1))))
 
 
 # ------------------------------------------------------------------------------------------------------------- Eq. 5
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_eq_5_equals_plain_loops_over_the_pixels_and_their_cells(size):
+@pytest.mark.parametrize("per_image", [True, False])
+def test_eq_5_equals_plain_loops_over_the_pixels_and_their_cells_and_has_no_gradient(size, per_image):
     emb, label, prototypes = random_case(size)
-    rel = reliability(emb, label, prototypes, TAU)
-    assert rel.shape == label.shape and rel.dtype == torch.float32
-    torch.testing.assert_close(rel, reliability_in_loops(emb, label, prototypes, TAU), rtol=1e-4, atol=1e-6)
-
-
-def test_one_set_of_prototypes_equals_a_copy_for_every_image_in_eq_5():
-    emb, label, prototypes = random_case((7, 11))
-    torch.testing.assert_close(reliability(emb, label, prototypes[0], TAU),
-                               reliability(emb, label, prototypes[0].expand(B, K, D), TAU))
+    prototypes = prototypes if per_image else prototypes[0]
+    omega = reliability(emb.requires_grad_(), label, prototypes.requires_grad_(), TAU)
+    expected = reliability_in_loops(emb, label, prototypes.expand(B, K, D), TAU)
+    torch.testing.assert_close(omega, expected, rtol=1e-4, atol=1e-6)  # float32, 0 on void
+    assert not omega.requires_grad
 
 
 def test_reliability_is_the_likelihood_that_the_alignment_loss_takes_the_log_of():
-    emb, label, prototypes = random_case()
-    rel = reliability(emb, label, prototypes, TAU)[label != VOID]
-    torch.testing.assert_close(-rel.log().mean(), alignment_loss(emb, label, prototypes, TAU))
+    emb, label, prototypes = random_case((H, W))
+    omega = reliability(emb, label, prototypes, TAU)[label != VOID]
+    torch.testing.assert_close(-omega.log().mean(), alignment_loss(emb, label, prototypes, TAU))
 
 
 @pytest.mark.parametrize("tau", [0.01, 0.3, 5.0])
-def test_reliability_lies_between_zero_and_one_and_is_zero_on_void(tau):
-    emb, label, prototypes = random_case((7, 11))
-    rel = reliability(emb, label, prototypes, tau)
-    assert (rel >= 0).all() and (rel <= 1).all()
-    assert (rel[label == VOID] == 0).all() and (rel[label != VOID] > 0).any()
-
-
-def test_the_reliabilities_of_all_labels_of_a_pixel_sum_to_one():
+def test_the_reliabilities_of_all_labels_of_a_pixel_lie_between_zero_and_one_and_sum_to_one(tau):
     emb, label, prototypes = random_case()
-    total = sum(reliability(emb, torch.full_like(label, c), prototypes, TAU) for c in range(K))
-    torch.testing.assert_close(total, torch.ones_like(total))
+    each = torch.stack([reliability(emb, torch.full_like(label, c), prototypes, tau) for c in range(K)])
+    assert (each >= 0).all() and (each <= 1).all()
+    torch.testing.assert_close(each.sum(0), torch.ones(label.shape))
 
 
 def test_a_pixel_on_its_prototype_is_reliable_and_on_another_one_is_not():
@@ -151,50 +129,26 @@ def test_a_pixel_on_its_prototype_is_reliable_and_on_another_one_is_not():
     assert reliability(emb, (label + 1) % K, prototypes, TAU)[0, 0].tolist() == pytest.approx([wrong] * K)
 
 
-def test_relabelled_classes_and_scaled_embeddings_leave_the_reliability():
-    emb, label, prototypes = random_case((7, 11))
-    expected = reliability(emb, label, prototypes, TAU)
-    order = torch.tensor([2, 0, 3, 1])
-    new_id = torch.full((256,), VOID)
-    new_id[order] = torch.arange(K)
+def test_lengths_and_the_names_of_classes_leave_the_reliability():
+    emb, label, prototypes = random_case()
+    order = [1, 3, 0, 2]
     scale = torch.logspace(-3, 3, B * H * W).view(B, 1, H, W)
-    torch.testing.assert_close(reliability(emb * scale, new_id[label], prototypes[:, order], TAU), expected)
+    changed = torch.empty_like(prototypes)
+    changed[:, order] = 3 * prototypes  # class c is now order[c]
+    torch.testing.assert_close(reliability(emb * scale, renamed(label, *order), changed, TAU),
+                               reliability(emb, label, prototypes, TAU))
 
 
-def test_the_reliability_of_a_pixel_does_not_depend_on_the_rest_of_the_batch():
-    emb, label, prototypes = random_case((7, 11))
-    joined = reliability(emb, label, prototypes, TAU)
-    torch.testing.assert_close(joined[1:], reliability(emb[1:], label[1:], prototypes[1:], TAU))
-
-
-def test_reliability_has_no_gradient():
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype, length", [(torch.float32, 1), (torch.bfloat16, 1), (torch.half, 60000)])
+def test_reliability_is_computed_in_float32_whatever_the_embeddings_come_in(dtype, length, autocast):
     emb, label, prototypes = random_case()
-    assert not reliability(emb.requires_grad_(), label, prototypes.requires_grad_(), TAU).requires_grad
-
-
-@pytest.mark.parametrize("per_image", [False, True])
-def test_autocast_does_not_lower_the_precision_of_eq_5(per_image):
-    emb, label, prototypes = random_case((7, 11))
-    prototypes = prototypes if per_image else prototypes[0]
-    exact = reliability(emb, label, prototypes, TAU)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        rel = reliability(emb, label, prototypes, TAU)
-        assert rel.dtype == torch.float32
-        torch.testing.assert_close(rel, exact, rtol=1e-6, atol=0)
-
-
-def test_half_precision_embeddings_are_judged_in_float32():
-    emb, label, prototypes = random_case((7, 11))
-    long = F.normalize(emb, dim=1).half() * 60000
-    rel = reliability(long, label, prototypes.half(), TAU)
-    assert rel.dtype == torch.float32
-    expected = reliability(long.float() / 60000, label, prototypes.half().float(), TAU)
-    torch.testing.assert_close(rel, expected, rtol=1e-5, atol=1e-7)
-
-
-def test_the_length_of_a_prototype_does_not_matter_in_eq_5():
-    emb, label, prototypes = random_case()
-    torch.testing.assert_close(reliability(emb, label, 3 * prototypes, TAU), reliability(emb, label, prototypes, TAU))
+    emb = (F.normalize(emb, dim=1) * length).to(dtype)  # half precision ends at 65504: a sum of squares would be inf
+    prototypes = prototypes.to(dtype)
+    expected = reliability(emb.float() / length, label, prototypes.float(), TAU)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        omega = reliability(emb, label, prototypes, TAU)
+    torch.testing.assert_close(omega, expected, rtol=1e-5, atol=1e-7)  # the dtype too
 
 
 @pytest.mark.parametrize("tau", [0, -0.1])
@@ -203,235 +157,138 @@ def test_eq_5_refuses_a_temperature_that_is_not_positive(tau):
         reliability(*random_case(), tau)
 
 
-def test_an_all_void_batch_has_reliability_zero():
-    emb, label, prototypes = random_case()
-    assert (reliability(emb, torch.full_like(label, VOID), prototypes, TAU) == 0).all()
-
-
 # ------------------------------------------------------------------------------------------------------ image level
 
 
-def test_image_reliability_equals_plain_loops():
-    rel, label = random_reliability()
-    mean = {c: sum(values) / len(values) for c in range(K) if (values := rel[label == c].tolist())}
-    got = image_reliability(rel, label)
-    for b in range(len(rel)):
-        relative = [rel[tuple([b, *p])].item() / mean[label[tuple([b, *p])].item()]
-                    for p in (label[b] != 255).nonzero().tolist()]
-        expected = (label[b] != 255) * (sum(relative) / len(relative))
+def test_image_reliability_equals_plain_loops_also_beside_an_all_void_image():
+    omega, label = random_reliability()
+    label[1] = VOID
+    mean = {c: sum(values) / len(values) for c in range(K) if (values := omega[label == c].tolist())}
+    got = image_reliability(omega, label)
+    for b in range(len(omega)):
+        relative = [o / mean[c] for o, c in zip(omega[b].flatten().tolist(), label[b].flatten().tolist()) if c != 255]
+        expected = (label[b] != 255) * (sum(relative) / max(len(relative), 1))
         torch.testing.assert_close(got[b], expected.float(), rtol=1e-5, atol=0)
 
 
 def test_an_image_of_easy_classes_is_no_reliable_image():
-    label = torch.tensor([[[0, 0]], [[1, 1]]])
-    rel = torch.tensor([[[0.9, 0.9]], [[0.1, 0.1]]])  # class 0 is easy
-    torch.testing.assert_close(image_reliability(rel, label), torch.ones(2, 1, 2))
-    worse = torch.tensor([[[0.9, 0.9]], [[0.9, 0.1]], [[0.9, 0.5]]])  # the same class everywhere
-    got = image_reliability(worse, torch.zeros(3, 1, 2, dtype=torch.long))[:, 0, 0]
+    easy = image_reliability(torch.tensor([[[0.9, 0.9]], [[0.1, 0.1]]]), torch.tensor([[[0, 0]], [[1, 1]]]))
+    torch.testing.assert_close(easy, torch.ones(2, 1, 2))
+    one_class = torch.tensor([[[0.9, 0.9]], [[0.9, 0.1]], [[0.9, 0.5]]])
+    got = image_reliability(one_class, torch.zeros(3, 1, 2, dtype=torch.long))[:, 0, 0]
     assert got[0] > got[2] > got[1]
-
-
-def test_image_reliability_is_zero_on_void_and_finite_for_an_all_void_image():
-    rel, label = random_reliability()
-    label[1], rel[1] = VOID, 0
-    got = image_reliability(rel, label)
-    assert torch.isfinite(got).all() and (got[label == VOID] == 0).all() and (got[label != VOID] > 0).all()
-
-
-def test_image_reliability_of_half_a_batch_in_each_of_two_processes_is_that_of_the_whole():
-    rel, label = random_reliability()
-    label[0][label[0] == 3] = VOID  # a class that only ...
-    label[1][label[1] == 3] = VOID  # ... the second process sees
-    got = as_two_processes(lambda reduce, r, y: image_reliability(r, y, reduce), rel, label)
-    torch.testing.assert_close(got, image_reliability(rel, label), rtol=1e-6, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------------------- Eq. 6
 
 
 def test_eq_6_on_an_example_worked_by_hand():
-    rel = torch.tensor([[[0.0, 1.0, 0.2, 0.2, 0.0]]])
+    omega = torch.tensor([[[0.0, 1.0, 0.2, 0.2, 0.0]]])
     label = torch.tensor([[[0, 0, 1, 1, 255]]])
-    # class 0: mean omega 0.5, omega / mean = 0 and 2, clipped to 0.1 and 2, mean 1.05
+    # class 0: mean omega 0.5, omega / mean = 0 and 2, clipped to 0.1 (the default) and 2, mean 1.05
     # class 1: omega / mean = 1 and 1
-    weight = learning_weights(rel, label, ramp=1.0, w_min=0.1)
-    assert weight.flatten().tolist() == pytest.approx([0.1 / 1.05, 2 / 1.05, 1, 1, 0])
+    assert learning_weights(omega, label, 1.0).flatten().tolist() == pytest.approx([0.1 / 1.05, 2 / 1.05, 1, 1, 0])
     # half of the way: 1 + 0.5 * (0 - 1) = 0.5 and 1.5, mean 1
-    assert learning_weights(rel, label, 0.5, 0.1).flatten().tolist() == pytest.approx([0.5, 1.5, 1, 1, 0])
+    assert learning_weights(omega, label, 0.5).flatten().tolist() == pytest.approx([0.5, 1.5, 1, 1, 0])
+    # one mean for the batch: 0.35, omega / mean = 0, 20/7, 4/7, 4/7, clipped to 0.1 and the others, mean 41/40
+    assert learning_weights(omega, label, 1.0, per_class=False).flatten().tolist() == pytest.approx(
+        [0.1 * 40 / 41, 20 / 7 * 40 / 41, 4 / 7 * 40 / 41, 4 / 7 * 40 / 41, 0])
 
 
 @pytest.mark.parametrize("per_class", [True, False])
-@pytest.mark.parametrize("ramp, w_min", [(0.3, 0.0), (0.7, 0.5), (1.0, 0.0), (1.0, 0.1), (1.0, 0.9)])
-def test_eq_6_equals_plain_loops(ramp, w_min, per_class):
-    rel, label = random_reliability()
-    got = learning_weights(rel, label, ramp, w_min, per_class)
-    assert got.shape == label.shape and got.dtype == torch.float32
-    torch.testing.assert_close(got, weights_in_loops(rel, label, ramp, w_min, per_class), rtol=1e-4, atol=1e-6)
-
-
-def test_means_per_class_are_the_default():
-    rel, label = random_reliability()
-    torch.testing.assert_close(learning_weights(rel, label, 1.0, 0.1), learning_weights(rel, label, 1.0, 0.1, True))
-    assert not torch.allclose(learning_weights(rel, label, 1.0, 0.1), learning_weights(rel, label, 1.0, 0.1, False))
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("ramp, w_min", [(0.4, 0.0), (1.0, 0.0), (1.0, 0.3)])
-def test_the_mean_is_one_in_every_class_also_where_a_class_is_absent_or_a_single_pixel(seed, ramp, w_min):
-    rel, label = random_reliability(seed, classes=19)
-    label[label == 7] = VOID  # absent
-    label[label == 11] = VOID
-    label[0, 0, 0], rel[0, 0, 0] = 11, 0.01  # a single pixel, and a hard one
-    weight = learning_weights(rel, label, ramp, w_min)
-    present = label[label != VOID].unique().tolist()
-    assert 7 not in present and 11 in present and len(present) > 10
-    for c in present:
-        assert weight[label == c].double().mean().item() == pytest.approx(1, abs=1e-5)
-    assert weight[0, 0, 0].item() == pytest.approx(1, abs=1e-6)
-    assert (weight[label == VOID] == 0).all() and (weight >= 0).all()
+@pytest.mark.parametrize("ramp, w_min", [(0.3, 0.0), (0.7, 0.5), (1.0, 0.0), (1.0, 0.1), (1.0, 0.999)])
+def test_eq_6_equals_plain_loops_and_has_no_gradient(ramp, w_min, per_class):
+    for batch in (4, 1):
+        omega, label = random_reliability(batch=batch)
+        weight = learning_weights(omega.requires_grad_(), label, ramp, w_min, per_class)
+        expected = weights_in_loops(omega, label, ramp, w_min, per_class)
+        torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-6)  # float32, 0 on void
+        assert not weight.requires_grad
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_mean_over_all_labelled_pixels_is_one_with_one_mean_per_batch(seed):
-    rel, label = random_reliability(seed)
-    weight = learning_weights(rel, label, 1.0, 0.1, per_class=False)
-    assert weight[label != VOID].double().mean().item() == pytest.approx(1, abs=1e-5)
-    assert (weight[label == VOID] == 0).all()
-
-
-def test_void_pixels_count_in_no_mean():
-    rel, label = random_reliability()
-    void = label == VOID
-    for per_class in (True, False):
-        expected = learning_weights(rel, label, 1.0, 0.1, per_class)
-        got = learning_weights(torch.where(void, torch.full_like(rel, 9.0), rel), label, 1.0, 0.1, per_class)
-        torch.testing.assert_close(got, expected)
-
-
-@pytest.mark.parametrize("per_class", [True, False])
-def test_at_ramp_zero_every_weight_is_one(per_class):
-    rel, label = random_reliability()
-    weight = learning_weights(rel, label, 0.0, 0.1, per_class)
-    assert torch.equal(weight, (label != VOID).float())
-
-
-@pytest.mark.parametrize("per_class", [True, False])
-def test_before_the_last_division_no_weight_is_below_w_min(per_class):
-    rel, label = random_reliability()
-    w_min = 0.4
-    weight = learning_weights(rel, label, 1.0, w_min, per_class)
-    for c in range(K) if per_class else ["all"]:
-        inside = weight[label == c if per_class else label != VOID]
-        r = rel[label == c if per_class else label != VOID]
-        divisor = (r / r.mean()).clamp_min(w_min).mean()
-        assert (inside * divisor).min().item() == pytest.approx(w_min, rel=1e-4)  # reached, and not passed
-    assert learning_weights(rel, label, 1.0, 0.0, per_class)[label != VOID].min() < 0.1
-
-
-@pytest.mark.parametrize("per_class", [True, False])
-def test_a_more_reliable_pixel_of_the_class_never_gets_a_smaller_weight(per_class):
-    rel, label = random_reliability()
-    weight = learning_weights(rel, label, 1.0, 0.2, per_class)
-    for c in range(K):
-        inside = weight[label == c][rel[label == c].argsort()]
-        assert (inside.diff() >= 0).all() and inside[-1] > inside[0]
+@pytest.mark.parametrize("ramp, w_min", [(0.4, 0.0), (1.0, 0.0), (1.0, 0.3)])
+def test_the_mean_is_one_also_in_a_class_of_a_single_pixel_and_more_reliable_pixels_never_get_less(seed, ramp, w_min):
+    omega, label = random_reliability(seed, classes=19)
+    label[(label == 7) | (label == 11)] = VOID  # 7 is absent
+    label[0, 0, 0], omega[0, 0, 0] = 11, 0.01  # a single pixel, and a hard one
+    everywhere = label.where(label == VOID, 0)
+    for group, per_class in ((label, True), (everywhere, False)):
+        weight = learning_weights(omega, label, ramp, w_min, per_class)
+        for c in set(group.unique().tolist()) - {VOID}:
+            inside = weight[group == c]
+            assert inside.double().mean().item() == pytest.approx(1, abs=1e-5)
+            assert (inside[omega[group == c].argsort()].diff() >= 0).all() and (inside >= 0).all()
 
 
 def test_means_per_class_keep_the_shares_of_the_classes_and_one_mean_per_batch_does_not():
-    rel, label = random_reliability()  # class 0 is easy, the others are hard
-    labelled = label != VOID
+    omega, label = random_reliability()  # class 0 is easy, the others are hard
 
-    def share(weight, c):
-        return (weight[label == c].double().sum() / weight[labelled].double().sum()).item()
+    def shares(weight):
+        return [(weight[label == c].double().sum() / weight[label != VOID].double().sum()).item() for c in range(K)]
 
-    before = [share(labelled.float(), c) for c in range(K)]
-    kept = [share(learning_weights(rel, label, 1.0, 0.1), c) for c in range(K)]
-    shifted = [share(learning_weights(rel, label, 1.0, 0.1, per_class=False), c) for c in range(K)]
-    assert kept == pytest.approx(before, abs=1e-6)
+    before = shares((label != VOID).float())
+    assert shares(learning_weights(omega, label, 1.0, 0.1)) == pytest.approx(before, abs=1e-6)
+    shifted = shares(learning_weights(omega, label, 1.0, 0.1, per_class=False))
     assert shifted[0] > before[0] + 0.05 and all(shifted[c] < before[c] - 0.01 for c in (1, 2, 3))
 
 
-def test_relabelled_classes_leave_the_weights():
-    rel, label = random_reliability()
-    new_id = torch.full((256,), VOID)
-    new_id[:K] = torch.tensor([18, 3, 0, 7])
-    torch.testing.assert_close(learning_weights(rel, new_id[label], 1.0, 0.1), learning_weights(rel, label, 1.0, 0.1))
-
-
-def test_scaled_reliabilities_leave_the_weights():
-    rel, label = random_reliability()
-    torch.testing.assert_close(learning_weights(rel * 1e-3, label, 1.0, 0.1), learning_weights(rel, label, 1.0, 0.1))
-
-
-def test_learning_weights_have_no_gradient():
-    rel, label = random_reliability()
-    assert not learning_weights(rel.requires_grad_(), label, 1.0, 0.1).requires_grad
+def test_the_names_of_classes_and_the_scale_of_the_reliabilities_leave_the_weights():
+    omega, label = random_reliability()
+    torch.testing.assert_close(learning_weights(1e-3 * omega, renamed(label, 18, 3, 0, 7), 1.0, 0.1),
+                               learning_weights(omega, label, 1.0, 0.1))
 
 
 @pytest.mark.parametrize("per_class", [True, False])
-@pytest.mark.parametrize("ramp, w_min", [(1.0, 0.1), (0.5, 0.0)])
-def test_half_a_batch_in_each_of_two_processes_gives_the_weights_of_the_whole_batch(per_class, ramp, w_min):
-    rel, label = random_reliability()
-    for image in (0, 1):  # a class that only the second process sees
-        label[image][label[image] == 3] = VOID
-        rel[image][label[image] == VOID] = 0
-    whole = learning_weights(rel, label, ramp, w_min, per_class)
-    got = as_two_processes(lambda reduce, r, y: learning_weights(r, y, ramp, w_min, per_class, reduce), rel, label)
-    torch.testing.assert_close(got, whole, rtol=1e-6, atol=0)
-    alone = torch.cat([learning_weights(r, y, ramp, w_min, per_class) for r, y in zip(rel.chunk(2), label.chunk(2))])
+@pytest.mark.parametrize("w_min", [0.0, 0.1])
+def test_at_ramp_zero_and_where_all_reliabilities_are_zero_every_weight_is_one(w_min, per_class):
+    omega, label = random_reliability()
+    ones = (label != VOID).float()
+    assert torch.equal(learning_weights(omega, label, 0.0, w_min, per_class), ones)
+    for ramp in (0.0, 0.5, 1.0):
+        torch.testing.assert_close(learning_weights(0 * omega, label, ramp, w_min, per_class), ones)
+
+
+def test_one_class_without_any_reliability_does_not_touch_the_others():
+    omega, label = random_reliability()
+    weight = learning_weights(omega.where(label != 2, 0.0), label, 1.0, 0.0)
+    assert (weight[label == 2] == 1).all()
+    torch.testing.assert_close(weight[label != 2], learning_weights(omega, label, 1.0, 0.0)[label != 2])
+
+
+@pytest.mark.parametrize("work", [
+    image_reliability,
+    lambda omega, label, reduce=None: learning_weights(omega, label, 1.0, 0.1, True, reduce),
+    lambda omega, label, reduce=None: learning_weights(omega, label, 0.5, 0.0, False, reduce),
+], ids=["image reliability", "weights per class", "weights per batch"])
+def test_half_a_batch_in_each_of_two_processes_gives_what_the_whole_batch_gives(work):
+    omega, label = random_reliability()
+    label[:2][label[:2] == 3] = VOID  # a class that only the second process sees
+    whole = work(omega, label)
+    torch.testing.assert_close(as_two_processes(work, omega, label), whole, rtol=1e-6, atol=0)
+    alone = torch.cat([work(o, y) for o, y in zip(omega.chunk(2), label.chunk(2))])
     assert not torch.allclose(alone, whole, rtol=1e-3)  # so the reduction was needed
 
 
 @pytest.mark.parametrize("per_class", [True, False])
-@pytest.mark.parametrize("ramp", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("w_min", [0.0, 0.1])
-def test_reliabilities_that_are_all_zero_leave_every_weight_at_one(per_class, ramp, w_min):
-    _, label = random_reliability()
-    weight = learning_weights(torch.zeros(label.shape), label, ramp, w_min, per_class)
-    torch.testing.assert_close(weight, (label != VOID).float())
-
-
-def test_one_class_without_any_reliability_does_not_touch_the_others():
-    rel, label = random_reliability()
-    rel[label == 2] = 0
-    weight = learning_weights(rel, label, 1.0, 0.0)
-    assert (weight[label == 2] == 1).all()
-    torch.testing.assert_close(weight * (label != 2), weights_in_loops(rel, label.where(label != 2, torch.tensor(255)),
-                                                                       1.0, 0.0), rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("per_class", [True, False])
-def test_an_all_void_batch_has_weight_zero(per_class):
-    rel, label = random_reliability()
-    assert (learning_weights(torch.zeros_like(rel), torch.full_like(label, VOID), 1.0, 0.1, per_class) == 0).all()
-
-
-def test_a_batch_of_one_image_works():
-    rel, label = random_reliability(batch=1)
-    torch.testing.assert_close(learning_weights(rel, label, 1.0, 0.1), weights_in_loops(rel, label, 1.0, 0.1),
-                               rtol=1e-4, atol=1e-6)
+def test_an_all_void_batch_has_reliability_and_weight_zero(per_class):
+    emb, label, prototypes = random_case()
+    label = torch.full_like(label, VOID)
+    omega = reliability(emb, label, prototypes, TAU)
+    for got in (omega, image_reliability(omega, label), learning_weights(omega, label, 1.0, 0.1, per_class)):
+        assert (got == 0).all()
 
 
 @pytest.mark.parametrize("ramp, w_min", [(-0.1, 0.1), (1.1, 0.1), (float("nan"), 0.1), (1.0, -0.1), (1.0, 1.0)])
 def test_a_ramp_or_w_min_outside_its_range_is_refused(ramp, w_min):
-    rel, label = random_reliability()
     with pytest.raises(ValueError, match="ramp .* w_min"):
-        learning_weights(rel, label, ramp, w_min)
-
-
-def test_the_ends_of_the_ranges_are_allowed():
-    rel, label = random_reliability()
-    for ramp, w_min in ((0, 0), (1, 0), (1, 0.999)):
-        assert torch.isfinite(learning_weights(rel, label, ramp, w_min)).all()
+        learning_weights(*random_reliability(), ramp, w_min)
 
 
 # ---------------------------------------------------------------------------------------------------------- the file
 
 
 def test_reweight_needs_torch_alone_and_its_demonstration_runs(capsys):
-    tree = ast.parse(inspect.getsource(reweight))
-    imported = {a.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
-    imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported == {"torch"}
+    assert set(re.findall(r"^\s*(?:import|from) (\w+)", inspect.getsource(reweight), re.M)) == {"torch"}
     reweight._demo()
     assert "share of the rare class" in capsys.readouterr().out
