@@ -9,6 +9,8 @@ import align
 import ppar
 import prototypes
 import reweight
+from data import CLASSES
+from model import load_clip
 
 torch.set_num_threads(1)
 
@@ -40,6 +42,16 @@ def test_the_full_loss_and_its_gradient_are_equation_7_put_together_from_equatio
     assert_close(grads, {n: p.grad for n, p in module.named_parameters() if p.grad is not None}, 2e-4)
     alone = ppar.reliability(ppar.Output(logits, emb, None), module.otp, label, 0.2)  # without a VTP
     assert torch.equal(alone, reweight.reliability(emb, label, module.otp, 0.2))
+
+
+@pytest.mark.parametrize("kind", ["text", "random", "shuffled"])
+def test_build_takes_the_prototypes_that_the_flag_names_and_a_vtp_of_twice_the_width(kind, world):
+    config = configured(world, "--prototypes", kind, "--seed", 1)
+    module = ppar.build(config)[0]
+    text = prototypes.original_text_prototypes(load_clip(config.clip)[0], CLASSES)
+    controls = dict(random=prototypes.random_prototypes(*text.shape, 1), shuffled=prototypes.shuffled_prototypes(text, 1))
+    assert torch.equal(module.otp, controls.get(kind, text))
+    assert module.vtp.query.out_features == 2 * module.net.arch["width"]
 
 
 PARTS = {  # what a switch promises not to compute
@@ -97,14 +109,6 @@ def test_the_balance_is_the_count_of_the_class_to_the_power_so_at_one_every_clas
     assert torch.allclose(doubled, got / 2)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (64, 96), (48, 80)])
-def test_a_cell_has_the_label_of_its_centre_as_the_nearest_exact_resize_takes_it(size):
-    label = torch.randint(0, 19, (2, *size))
-    emb = torch.zeros(2, 4, size[0] // 16, size[1] // 16)
-    expected = F.interpolate(label[:, None].float(), size=emb.shape[2:], mode="nearest-exact")[:, 0].long()
-    assert torch.equal(ppar.labels_on_grid(label, emb), expected)
-
-
 def test_distance_is_to_the_prototype_of_the_own_class_and_zero_on_void():
     emb, label = torch.randn(2, 5, 2, 3), torch.tensor([[[0, 1, 255], [2, 2, 0]], [[1, 1, 1], [255, 0, 2]]])
     goals = torch.randn(2, 3, 5)
@@ -116,7 +120,7 @@ def test_distance_is_to_the_prototype_of_the_own_class_and_zero_on_void():
             assert got[b, i, j].item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_look_at_a_picture_of_any_size_pads_the_label_with_void(world):
+def test_a_look_at_a_picture_pads_the_label_with_void_and_a_cell_has_the_label_of_its_centre(world):
     module = ppar.build(configured(world))[0]
     image, label = torch.randn(3, 50, 70), torch.randint(0, 19, (50, 70))
     out, padded, grid = ppar.look(module, image, label)

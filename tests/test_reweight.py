@@ -17,7 +17,6 @@ torch.set_num_threads(1)
 
 B, K, D, H, W = 2, 4, 6, 3, 5
 TAU = 0.3
-SIZES = [(3, 5), (6, 10), (7, 11), (10, 9), (16, 33)]  # on the grid; finer by a whole factor; finer by no whole factor
 
 
 def random_case(size=(7, 11)):
@@ -90,7 +89,7 @@ def as_two_processes(work, *tensors):
 # ------------------------------------------------------------------------------------------------------------- Eq. 5
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [(3, 5), (6, 10), (7, 11), (10, 9), (16, 33)])  # H, W; twice; no whole factor
 @pytest.mark.parametrize("per_image", [True, False])
 def test_eq_5_equals_plain_loops_over_the_pixels_and_their_cells_and_has_no_gradient(size, per_image):
     emb, label, prototypes = random_case(size)
@@ -145,9 +144,6 @@ def test_reliability_is_computed_in_float32_whatever_the_embeddings_come_in(dtyp
 def test_eq_5_refuses_a_temperature_that_is_not_positive(tau):
     with pytest.raises(ValueError, match="tau must be positive"):
         reliability(*random_case(), tau)
-
-
-# ------------------------------------------------------------------------------------------------------ image level
 
 
 def test_image_reliability_equals_plain_loops_also_beside_an_all_void_image():
