@@ -47,9 +47,8 @@ def load_clip(name):
     """A CLIP by name (`toy`, `RN50`, `ViT-B/16`, ...) or from a file -> (clip.model.CLIP, one line about it).
 
     `toy` is the file TOY_CLIP. OpenAI's names go through clip.load: downloaded once into ~/.cache/clip, the hash checked.
-    A file holds a TorchScript archive (as OpenAI ships) or a state dict. Either way the architecture is derived from the
-    shapes of the weights, which are loaded strictly: one that is missing or left over is an error, never a silent random
-    layer. The result is frozen, in eval mode, on the CPU and float32, in which nothing overflows.
+    A file is a TorchScript archive (as OpenAI ships) or a state dict. The shapes of the weights tell the architecture, and
+    a weight that is missing or left over is an error, never a silent random layer. Frozen, eval, on the CPU, float32.
     """
     path = TOY_CLIP if name == "toy" else name
     on_hub = path in clip.available_models()
@@ -59,21 +58,20 @@ def load_clip(name):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript announces its retirement at every load
             model = clip.load(path, device="cpu")[0] if on_hub else _from_file(path)
-    except OSError as error:  # of the network or of the disk
-        remedy = f"fetch {clip.clip._MODELS[path]} elsewhere and put it into ~/.cache/clip, or pass its path with --clip" \
-            if on_hub else "is it readable?"
-        raise UserError(f"CLIP {path} could not be had ({getattr(error, 'reason', error)}): {remedy}.") from None
-    except Exception as error:  # a foreign or damaged file fails in a dozen ways; the user needs the file and the reason
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # network, disk, a damaged or foreign file: the user needs the reason and what to do
+        reason = " ".join(str(getattr(error, "reason", error)).split())[:300]
         if "weights_only" in reason:  # torch advises to switch its protection off; we do not
-            reason = "it is damaged, or holds more than tensors"
-        raise UserError(f"{path} is no CLIP checkpoint that can be loaded ({type(error).__name__}: {reason}); "
-                        f"it must be a TorchScript archive or a plain state dict in OpenAI's format.") from None
+            reason = "damaged, or holds more than tensors"
+        remedy = "It must be a TorchScript archive or a plain state dict in OpenAI's format."
+        if on_hub:
+            remedy = f"Fetch {clip.clip._MODELS[path]} elsewhere and put it into ~/.cache/clip, or pass its path with --clip."
+        elif isinstance(error, OSError):
+            remedy = "Is it readable?"
+        raise UserError(f"CLIP {path} cannot be loaded ({type(error).__name__}: {reason}). {remedy}") from None
     model = model.float().eval().requires_grad_(False)
     kind = "ViT" if isinstance(model.visual, VisionTransformer) else "ResNet"
-    report = (f"CLIP {name}: {kind}, joint width {model.text_projection.shape[1]}, "
-              f"{len(model.state_dict())} tensors loaded, 0 missing, 0 left over")
-    return model, report
+    return model, (f"CLIP {name}: {kind}, joint width {model.text_projection.shape[1]}, "
+                   f"{len(model.state_dict())} tensors loaded, 0 missing, 0 left over")
 
 
 def _from_file(path):
@@ -82,9 +80,8 @@ def _from_file(path):
         state = torch.jit.load(path, map_location="cpu").state_dict()
     except RuntimeError:  # not an archive
         state = torch.load(path, map_location="cpu", weights_only=True)  # a pickle may hold code: refused, not run
-    state = {key: value for key, value in state.items() if key not in ("input_resolution", "context_length", "vocab_size")}
-    model = clip.model.build_model(dict(state)).float()  # built in half precision, as OpenAI ships; hence once more:
-    model.load_state_dict(state)
+    model = clip.model.build_model(state).float()  # it takes an archive's three sizes out of `state`,
+    model.load_state_dict(state)  # and builds in half precision, as OpenAI ships; hence once more
     return model
 
 
@@ -103,17 +100,15 @@ def architecture(visual):
 def pad(image, multiple):
     """Continue the border pixels to the right and below until both sides are multiples: (B, 3, H, W), any H and W.
 
-    The border's own colours, because a frame of constant grey is an edge that no street has; on two sides only, so
-    that pixel (0, 0) stays where it is and scores are cropped back by a slice.
+    A frame of grey would be an edge that no street has; two sides, so that pixel (0, 0) stays and a slice crops back.
     """
     return F.pad(image, (0, -image.shape[3] % multiple, 0, -image.shape[2] % multiple), mode="replicate")
 
 
 def _neighbour(x, dim, n):
     """At each cell what stands n cells further on along dim (n < 0: before it); beyond the border, the border's cell."""
-    size = x.shape[dim]
     parts = [x.narrow(dim, 0, 1)] * -n  # a list times a negative number is empty
-    parts += [x.narrow(dim, max(n, 0), size - abs(n))] + [x.narrow(dim, size - 1, 1)] * n
+    parts += [x.narrow(dim, max(n, 0), x.shape[dim] - abs(n))] + [x.narrow(dim, -1, 1)] * n
     return torch.cat(parts, dim)  # not by F.pad, whose replication torch 2.15 cannot compile in this place
 
 
@@ -132,15 +127,14 @@ class _PoolWithoutStride(nn.Module):
 def dilate(resnet, stride):
     """Bring the last map of CLIP's ResNet from stride 32 to `stride` (32, 16 or 8), in place, weights untouched.
 
-    At stride 32 a car of 64 pixels is two cells wide. The pooling that opens a stage loses its stride, and so everything
-    behind it sees its neighbours `dilation` cells away: the 3x3 convolutions are told so. At stride 16 every 2nd cell of
-    the finer map is exactly a cell of the old one (at stride 8, every 4th); the cells between are new.
+    At stride 32 a car of 64 pixels is two cells wide. So the pooling that opens a stage loses its stride, and the 3x3
+    convolutions behind it look `dilation` cells away: every 2nd cell (stride 8: 4th) of the new map is one of the old.
     """
     # our reading: the abstract names no stride. Dilation is the way to a finer map that adds no weight to CLIP's.
     if stride not in (8, 16, 32):
         raise UserError(f"--stride {stride}: a CLIP ResNet can be read at stride 32, 16 or 8.")
     dilation = 1
-    for stage, native in ((resnet.layer2, 8), (resnet.layer3, 16), (resnet.layer4, 32)):
+    for stage, native in ((resnet.layer3, 16), (resnet.layer4, 32)):
         for index, block in enumerate(stage):
             block.conv2.dilation = block.conv2.padding = (dilation, dilation)
             if index == 0 and native > stride:  # its pooling comes after conv2, and again on the shortcut
@@ -171,9 +165,8 @@ class DenseCLIP(nn.Module):
 
     def __init__(self, visual, stride):
         super().__init__()
-        self.visual = visual
+        self.visual = visual.requires_grad_(True)
         self.dim = visual.output_dim
-        visual.requires_grad_(True)
         self.is_vit = isinstance(visual, VisionTransformer)
         if self.is_vit:
             self.stride = self.multiple = visual.conv1.kernel_size[0]  # a ViT cannot be read finer than its patches
@@ -187,33 +180,27 @@ class DenseCLIP(nn.Module):
                 part.requires_grad_(False)  # only `pooled` uses them, and the baseline has no loss on it: no gradient
         # our reading: batch normalisation stays as CLIP left it, in train() too. Its statistics come from 400 million
         # pictures; a batch of eight frames of a game would overwrite them with the source's colours.
-        for module in visual.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval().requires_grad_(False)
+        self.norms = [module.requires_grad_(False) for module in visual.modules() if isinstance(module, nn.BatchNorm2d)]
+        self.train()
 
     def train(self, mode=True):
         super().train(mode)
-        for module in self.visual.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
+        for norm in self.norms:
+            norm.eval()
         return self
 
     def freeze(self, stages):
-        """Freeze the first `stages` of 5: stem and four stages of a ResNet; embedding and four quarters of a ViT's blocks.
-
-        The last projection into the joint space always stays trainable: CLIP never asked it to work at single positions.
-        """
+        """Freeze the first `stages` of 5: a ResNet's stem and stages, or a ViT's embedding and the quarters of its blocks."""
         if not 0 <= stages <= 5:
             raise UserError(f"--freeze {stages}: the image tower has 5 stages, give 0 to 5.")
         v = self.visual
         if self.is_vit:
-            stem = [v.conv1, v.ln_pre, v.class_embedding, v.positional_embedding]
-            blocks = list(v.transformer.resblocks)
-            quarter = -(-len(blocks) // 4)
-            parts = [stem] + [blocks[i * quarter:(i + 1) * quarter] for i in range(4)]
+            stem, body = [v.conv1, v.ln_pre, v.class_embedding, v.positional_embedding], list(v.transformer.resblocks)
         else:
-            parts = [[v.conv1, v.conv2, v.conv3], [v.layer1], [v.layer2], [v.layer3], [v.layer4]]
-        for part in sum(parts[:stages], []):
+            stem, body = [v.conv1, v.conv2, v.conv3], [v.layer1, v.layer2, v.layer3, v.layer4]
+        quarter = -(-len(body) // 4)
+        # The last projection into the joint space stays trainable: CLIP never asked it to work at single positions.
+        for part in stem + body[:(stages - 1) * quarter] if stages else []:
             part.requires_grad_(False)
 
     def forward(self, image):
@@ -230,13 +217,12 @@ class DenseCLIP(nn.Module):
         low = v.layer1(x)  # our reading: the decoder's early map is the first stage, the last one at a quarter of the image
         feat = v.layer4(v.layer3(v.layer2(low)))  # (B, C, h, w)
         # our reading: the abstract does not say how CLIP becomes dense. The value path needs no new weight.
-        z = feat.permute(0, 2, 3, 1)  # (B, h, w, C): a linear layer works on the last axis
-        z = v.attnpool.c_proj(v.attnpool.v_proj(z)).permute(0, 3, 1, 2)  # (B, D, h, w)
+        z = v.attnpool.c_proj(v.attnpool.v_proj(feat.movedim(1, -1))).movedim(-1, 1)  # (B, D, h, w)
         step = 32 // self.stride  # every step-th cell is one that CLIP itself would have computed
         # our reading: centring. Cell j stands for the pixels from stride * j on, but CLIP's weights look at the middle of
-        # the 32 pixels that begin there: at stride 8 at pixel 8 j + 16 instead of 8 j + 4, that is 1.5 cells too far right
-        # and below (at stride 16: half a cell). So cell j is read between cells j - 2 and j - 1 (at stride 16: j - 1 and
-        # j), as the mean of the four neighbours. Without it labels meet the embeddings of neighbours, and nothing fails.
+        # the 32 pixels that begin there: at stride 8 at pixel 8 j + 16 instead of 8 j + 4, 1.5 cells too far right and
+        # below (at 16: half a cell). So cell j is read between cells j - 2 and j - 1 (at 16: j - 1 and j), as the mean of
+        # four neighbours. Without it labels meet the embeddings of neighbours, and nothing fails.
         for dim in (2, 3) if step > 1 else ():
             z = (_neighbour(z, dim, 1 - step // 2) + _neighbour(z, dim, -(step // 2))) / 2
         return low, z, attention_pool(v.attnpool, feat[..., ::step, ::step])
@@ -256,12 +242,8 @@ class DenseCLIP(nn.Module):
 
 
 def attention_pool(pool, feat):
-    """CLIP's own attention pooling on a grid of any size: feat (B, C, h, w), pool = AttentionPool2d -> (B, D).
-
-    The mean of all positions asks, all positions answer. Equal to pool(feat) on the grid that CLIP was trained with;
-    on others, the position code is resized.
-    """
-    tokens = feat.flatten(2).transpose(1, 2)  # (B, hw, C)
+    """CLIP's attention pooling pool(feat), but on a grid of any size: feat (B, C, h, w), an AttentionPool2d -> (B, D)."""
+    tokens = feat.flatten(2).transpose(1, 2)  # (B, hw, C): all positions answer, their mean asks
     tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
     tokens = tokens + _resize_position(pool.positional_embedding, *feat.shape[2:]).to(tokens.dtype)
     qkv = pool.q_proj(tokens[:, :1]), pool.k_proj(tokens), pool.v_proj(tokens)
@@ -277,8 +259,7 @@ class SegmentationNet(nn.Module):
     def __init__(self, visual, num_classes=19, stride=16, width=None):
         super().__init__()
         self.encoder = DenseCLIP(visual, stride)
-        if width is None:  # three quarters of the joint width, at most 128, which is what all of OpenAI's CLIPs get
-            width = min(128, 3 * self.encoder.dim // 4 // 8 * 8)
+        width = width or min(128, 3 * self.encoder.dim // 4 // 8 * 8)  # 3/4 of the joint width; all of OpenAI's CLIPs: 128
         self.arch = dict(visual=architecture(visual), num_classes=num_classes, stride=stride, width=width)  # JSON-able
 
         # our reading: the abstract says nothing about the head. Ours has two branches as in DeepLabv3+: the embedding
@@ -302,9 +283,7 @@ class SegmentationNet(nn.Module):
 
     def forward(self, image):
         low, z, pooled = self.encoder(image)
-        with torch.autocast(image.device.type, enabled=False):  # a half-precision sum of squares overflows at 65504
-            emb = F.normalize(z.float(), dim=1)
-            pooled = F.normalize(pooled.float(), dim=1)
+        emb, pooled = (F.normalize(x.float(), dim=1) for x in (z, pooled))  # a sum of squares in float16 ends at 65504
         # The decoder reads the *normalised* embedding (times sqrt(D), so that its entries are of order 1): the length
         # of z carries no class, but it does carry contrast and brightness, that is, the domain.
         maps = self.high(emb * emb.shape[1] ** 0.5), self.low(low)
@@ -317,15 +296,11 @@ def _demo():
     """A small random CLIP of each kind: our dense tower gives CLIP's own image embedding, and a map besides."""
     torch.manual_seed(0)
     image = torch.randn(2, 3, 64, 64)
-    for kind, layers, width, patch in (("ResNet", (1, 1, 1, 1), 16, None), ("ViT", 2, 64, 16)):
-        visual = clip.model.CLIP(64, 64, layers, width, patch, 16, 100, 64, 1, 1).eval().visual
-        for name, parameter in visual.named_parameters():
-            if name.endswith("bn3.weight"):
-                nn.init.ones_(parameter)  # CLIP starts its residual branches at zero; then there is nothing to compare
+    for visual in (ModifiedResNet((1, 1, 1, 1), 64, 8, 64, 16).eval(), VisionTransformer(64, 16, 64, 2, 1, 64).eval()):
         with torch.no_grad():
             expected = F.normalize(visual(image), dim=1)
             out = SegmentationNet(visual, stride=8).eval()(image)
-        print(f"{kind:6s}  emb {tuple(out.emb.shape)}  logits {tuple(out.logits.shape)}  "
+        print(f"{type(visual).__name__:17s}  emb {tuple(out.emb.shape)}  logits {tuple(out.logits.shape)}  "
               f"largest difference from encode_image {(out.pooled - expected).abs().max():.1e}")
         assert torch.allclose(out.pooled, expected, atol=1e-4)
 

@@ -166,7 +166,7 @@ def test_a_failed_download_or_read_is_one_sentence_with_its_reason_and_the_remed
     monkeypatch.setenv("HOME", str(tmp_path))  # a cached RN50 of the developer's must not be found
     monkeypatch.setattr("urllib.request.urlopen", fail)
     monkeypatch.setattr("torch.jit.load", fail)
-    for name, remedy in (("RN50", model.clip.clip._MODELS["RN50"]), ("RN50", "~/.cache/clip"), (__file__, "is it readable")):
+    for name, remedy in (("RN50", model.clip.clip._MODELS["RN50"]), ("RN50", "~/.cache/clip"), (__file__, "Is it readable")):
         with pytest.raises(UserError) as caught:
             load_clip(name)
         message = str(caught.value)
