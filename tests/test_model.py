@@ -2,16 +2,19 @@
 
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import pathlib
 import pickle
 import urllib.error
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import torch._functorch.config
+import torch.nn.functional as F
 from make_clip import make_clip, write_archive, write_state_dict
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,14 +27,9 @@ from model import DenseCLIP, SegmentationNet, load_clip
 
 torch.set_num_threads(1)
 
-KINDS = ("resnet", "vit")
 WRITERS = {"archive": write_archive, "state dict": write_state_dict}
 DIM = 48
-
-
-def small_clip(kind, **options):
-    """A random CLIP whose text tower is of no importance."""
-    return make_clip(kind, DIM, vocabulary=100, context=16, **options)
+small_clip = functools.partial(make_clip, dim=DIM, vocabulary=100, context=16)  # its text tower is of no importance
 
 
 def small_net(kind, stride=16):
@@ -44,19 +42,9 @@ def images(batch=2, height=64, width=64):
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
 
 
-def same(state, expected):
-    """Two state dicts with the same names in the same order and the same bits."""
-    assert list(state) == list(expected)
-    for name in state:
-        assert torch.equal(state[name], expected[name]), name
-
-
 def close(got, expected):
     """Equal but for rounding, on the scale of the whole tensor."""
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-
-
-# -------------------------------------------------------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize("form", WRITERS)
@@ -67,7 +55,7 @@ def test_a_clip_loads_from_a_path_in_both_formats_with_every_tensor(kind, called
         nn.init.normal_(original.text_projection, std=1e5)  # beyond half precision, too
     path = WRITERS[form](original, tmp_path / "clip.pt")
     loaded, report = load_clip(path)
-    same(loaded.state_dict(), original.state_dict())
+    torch.testing.assert_close(loaded.state_dict(), original.state_dict(), rtol=0, atol=0)
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in loaded.parameters())
     assert not any(m.training for m in loaded.modules())
     tokens = torch.tensor([[1, 5, 9, 99] + [0] * 12])
@@ -75,35 +63,9 @@ def test_a_clip_loads_from_a_path_in_both_formats_with_every_tensor(kind, called
         close(loaded.encode_image(images()), original.encode_image(images()))
         close(loaded.encode_text(tokens), original.encode_text(tokens))
     assert f"{path}: {called}, joint width {DIM}, {len(original.state_dict())} tensors" in report and "\n" not in report
-
-
-def refusal(path):
-    """What load_clip says about a file that is not exactly a CLIP."""
-    with pytest.raises(UserError, match=path.name) as error:
-        load_clip(str(path))
-    message = str(error.value)
-    assert "\n" not in message
-    assert "weights_only" not in message and "\033" not in message, "torch's advice to switch its protection off"
-    return message
-
-
-GAPS = ("visual.layer3.1.bn2.running_var", "visual.attnpool.v_proj.bias", "logit_scale", "text_projection")
-SPOILT = [*[("state dict", "resnet", name, None) for name in GAPS], ("archive", "vit", "logit_scale", None),
-          *[("state dict", "vit", name, 3) for name in ("visual.left_over", "visual.ln_post.bias")],
-          ("state dict", "resnet", "visual.layer1.0.left_over", 3), ("archive", "vit", "left_over", 3)]
-
-
-@pytest.mark.parametrize("form, kind, name, size", SPOILT)
-def test_a_tensor_missing_left_over_or_of_another_shape_is_an_error_that_names_it_and_the_file(form, kind, name, size, tmp_path):
-    spoilt = small_clip(kind)
-    owner, _, leaf = name.rpartition(".")
-    owner = spoilt.get_submodule(owner)
-    if hasattr(owner, leaf):
-        delattr(owner, leaf)
-    if size:
-        owner.register_buffer(leaf, torch.zeros(size))
-    WRITERS[form](spoilt, tmp_path / "bad.pt")
-    assert name in refusal(tmp_path / "bad.pt")
+    original.register_buffer("left_over", torch.zeros(3))
+    with pytest.raises(UserError, match="left_over"):  # archives are held to the same strictness as state dicts
+        load_clip(WRITERS[form](original, path))
 
 
 class Trap:
@@ -113,15 +75,27 @@ class Trap:
         return pytest.fail, ("code of the file was executed",)
 
 
-@pytest.mark.parametrize("content", [b"404: Not Found\n", b"", {}, [1, 2], torch.zeros(3), *WRITERS, {"x": {"y": torch.zeros(2)}},
-                                     pickle.dumps(pathlib.PurePosixPath("x")), {"x": Trap()}, pickle.dumps(Trap())])
-def test_something_else_half_a_file_or_hostile_code_is_an_error_that_names_the_file(content, tmp_path):
-    path = tmp_path / "bad.pt"
-    if isinstance(content, str):  # one of WRITERS
-        whole = pathlib.Path(WRITERS[content](small_clip("vit"), path)).read_bytes()
-        content = whole[:len(whole) * 6 // 10]
+GAPS = ("visual.layer3.1.bn2.running_var", "visual.attnpool.v_proj.bias", "logit_scale", "text_projection")
+WRONG = [*[("resnet", name, None, name) for name in GAPS], ("resnet", "visual.layer3.9.conv1.weight", torch.zeros(3), ""),
+         *[("vit", name, torch.zeros(3), name) for name in ("visual.head.weight", "visual.ln_post.bias")]]
+FOREIGN = [b"404: Not Found\n", b"", {}, [1, 2], torch.zeros(3), {"x": {"y": torch.zeros(2)}},
+           {"x": Trap()}, pickle.dumps(Trap())]
+
+
+@pytest.mark.parametrize("content", [*WRONG, *FOREIGN, *WRITERS])
+def test_a_file_that_is_not_exactly_a_clip_is_refused_with_its_name_and_the_reason_and_executes_nothing(content, tmp_path):
+    path, reason = tmp_path / "bad.pt", ""
+    if isinstance(content, tuple):  # a tensor is missing, left over or of another shape
+        kind, name, value, reason = content
+        state = {**small_clip(kind).state_dict(), name: value}
+        content = {key: tensor for key, tensor in state.items() if tensor is not None}
+    if isinstance(content, str):  # half a file
+        WRITERS[content](small_clip("vit"), path)
+        content = path.read_bytes()[:path.stat().st_size * 6 // 10]
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    refusal(path)
+    with pytest.raises(UserError, match=f"{path}.*{reason}") as refusal:  # no line break before the reason
+        load_clip(str(path))
+    assert not any(text in str(refusal.value) for text in ("\n", "\033", "weights_only")), "torch advises to be careless"
     with pytest.raises(pytest.fail.Exception):
         pickle.loads(pickle.dumps(Trap()))  # the trap itself works
 
@@ -133,26 +107,22 @@ def test_an_unknown_name_or_a_folder_is_refused_with_the_right_names(name):
 
 
 def test_the_toy_clip_is_the_file_beside_the_module():
-    loaded, report = load_clip("toy")
-    same(loaded.state_dict(), load_clip(str(pathlib.Path(model.__file__).with_name("toy_clip.pt")))[0].state_dict())
+    (toy, report), (file, _) = load_clip("toy"), load_clip(str(pathlib.Path(model.__file__).with_name("toy_clip.pt")))
+    torch.testing.assert_close(toy.state_dict(), file.state_dict(), rtol=0, atol=0)
     assert "CLIP toy" in report
 
 
 @pytest.mark.parametrize("error", [urllib.error.URLError("Name or service not known"), OSError(28, "No space left on device")])
-@pytest.mark.parametrize("name, remedies", [("RN50", (model.clip.clip._MODELS["RN50"], "~/.cache/clip")),
-                                            (__file__, ("Is it readable",))])
-def test_a_failed_download_or_read_is_one_sentence_with_its_reason_and_the_remedy(name, remedies, error, monkeypatch, tmp_path):
-    def fail(*args, **kwargs):
-        raise error
-
+@pytest.mark.parametrize("name, remedy", [("RN50", f"Fetch {model.clip.clip._MODELS['RN50']} elsewhere"), (__file__, "Is it readable")])
+def test_a_failed_download_or_read_is_one_sentence_with_its_reason_and_the_remedy(name, remedy, error, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))  # a cached RN50 of the developer's must not be found
-    monkeypatch.setattr("urllib.request.urlopen", fail)
-    monkeypatch.setattr("torch.jit.load", fail)
-    with pytest.raises(UserError) as caught:
+    for function in ("urllib.request.urlopen", "torch.jit.load"):
+        monkeypatch.setattr(function, mock.Mock(side_effect=error))
+    with pytest.raises(UserError) as refusal:
         load_clip(name)
-    message = str(caught.value)
-    assert all(words in message for words in (name, *remedies, str(getattr(error, "reason", error))))
-    assert "\n" not in message and "state dict" not in message, "the checkpoint is not to blame"
+    message = str(refusal.value)
+    assert all(words in message for words in (name, remedy, str(getattr(error, "reason", error)))) and "\n" not in message
+    assert "state dict" not in message, "the checkpoint is not to blame"
 
 
 def test_a_name_is_fetched_once_and_its_hash_checked(monkeypatch, tmp_path):
@@ -172,19 +142,17 @@ def test_a_name_is_fetched_once_and_its_hash_checked(monkeypatch, tmp_path):
         load_clip("RN50")
 
 
-# ------------------------------------------------------------------------------------------------------ dense encoder
-
-
 def clamped(x, rows, cols):
     """x at the given rows and columns of its last two axes, each outside index moved onto the border."""
     return x[..., rows.clamp(0, x.shape[-2] - 1), :][..., cols.clamp(0, x.shape[-1] - 1)]
 
 
-@pytest.mark.parametrize("size, multiple", [((5, 7), 4), ((1, 2), 32), ((64, 33), 16), ((8, 4), 4)])
-def test_padding_continues_the_border_pixels_to_the_right_and_below(size, multiple):
-    image = images(2, *size)
-    height, width = (-(-side // multiple) * multiple for side in size)
-    assert torch.equal(model.pad(image, multiple), clamped(image, torch.arange(height), torch.arange(width)))
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_beyond_the_border_stands_the_borders_own_cell_when_padding_and_when_pooling_without_stride(n):
+    x, row, col = images(2, 5, 7), torch.arange(5), torch.arange(7)
+    close(model._PoolWithoutStride(n)(x), sum(clamped(x, row + a, col + b) for a in (0, n) for b in (0, n)) / 4)
+    rows, cols = torch.arange(-(-5 // n) * n), torch.arange(-(-7 // n) * n)
+    assert torch.equal(model.pad(x, n), clamped(x, rows, cols))
 
 
 def watch(*modules):
@@ -200,7 +168,7 @@ def watch(*modules):
 def test_on_the_cells_of_the_old_grid_a_dilated_resnet_computes_what_clip_computes(stride, size):
     visual = small_clip("resnet").visual
     encoder = DenseCLIP(copy.deepcopy(visual), stride)
-    same(encoder.visual.state_dict(), visual.state_dict())
+    torch.testing.assert_close(encoder.visual.state_dict(), visual.state_dict(), rtol=0, atol=0)
     seen, code = watch(encoder.visual.layer4, visual.layer1, visual.layer4), visual.attnpool.positional_embedding
     code.data = model._resize_position(code, size[0] // 32, size[1] // 32)  # CLIP's own, for a grid of this size
     with torch.no_grad():
@@ -219,12 +187,12 @@ def test_a_dilated_resnet_is_the_old_one_seen_from_shifted_grids(stride):
     """Away from the border, the new cells are what CLIP computes on an image shifted by the new stride."""
     visual, image = small_clip("resnet").visual, images(1, 1024, 32)  # the deepest cells see some 300 pixels to each side
     encoder = DenseCLIP(copy.deepcopy(visual), stride)
-    seen = watch(encoder.visual.layer4, visual.layer4)
+    seen = watch(encoder.visual.layer4)
+    visual.attnpool = nn.Identity()
     with torch.no_grad():
-        encoder(image), visual.attnpool.register_forward_pre_hook(lambda _, args: args[0][..., :2, :].repeat(1, 1, 1, 2))
-        visual(image.roll(-stride, 2))
-    between = seen[encoder.visual.layer4][:, :, 1::32 // stride, ::32 // stride]
-    close(between[:, :, 14:18], seen[visual.layer4][:, :, 14:18])
+        encoder(image)
+        shifted = visual(image.roll(-stride, 2))
+    close(seen[encoder.visual.layer4][:, :, 1::32 // stride, ::32 // stride][:, :, 14:18], shifted[:, :, 14:18])
 
 
 @pytest.mark.parametrize("stride", [32, 16, 8])
@@ -260,13 +228,6 @@ def test_a_cell_of_z_looks_at_the_middle_of_the_pixels_that_it_stands_for(stride
     assert abs(where - ((row + 0.5) * stride - 0.5)) <= 0.75
 
 
-@pytest.mark.parametrize("dilation", [1, 2, 4])
-def test_pooling_without_stride_is_the_mean_of_four_cells_and_the_border_stands_for_what_is_beyond_it(dilation):
-    x, row, col = torch.arange(2 * 6 * 5).float().view(1, 2, 6, 5).sqrt(), torch.arange(6), torch.arange(5)
-    expected = sum(clamped(x, row + a, col + b) for a in (0, dilation) for b in (0, dilation)) / 4
-    torch.testing.assert_close(model._PoolWithoutStride(dilation)(x), expected)
-
-
 def test_the_position_code_is_clips_on_the_native_grid_and_keeps_its_places_on_others():
     code = torch.randn(17, 3, generator=torch.Generator().manual_seed(0))  # the class token's, and 4 x 4 places
     assert model._resize_position(code, 4, 4) is code
@@ -280,7 +241,6 @@ def test_the_position_code_is_clips_on_the_native_grid_and_keeps_its_places_on_o
 def test_every_patch_token_of_a_vit_takes_the_path_of_the_class_token(size):
     visual = small_clip("vit").visual
     encoder = DenseCLIP(copy.deepcopy(visual), 16)
-    same(encoder.visual.state_dict(), visual.state_dict())
     h, w = size[0] // 16, size[1] // 16
     visual.positional_embedding = nn.Parameter(model._resize_position(visual.positional_embedding, h, w))
     seen = watch(visual.transformer, visual.transformer.resblocks[1])  # (1 + hw, B, C); the second block of 4
@@ -290,7 +250,6 @@ def test_every_patch_token_of_a_vit_takes_the_path_of_the_class_token(size):
         half, tokens = (output[1:].transpose(0, 1).unflatten(1, (h, w)) for output in seen.values())  # (B, h, w, C)
         close(z, (visual.ln_post(tokens) @ visual.proj).movedim(-1, 1))
     close(low, half.movedim(-1, 1))
-    assert z.std(dim=(2, 3)).mean() > 0.05 * z.std()
 
 
 @pytest.mark.parametrize("kind, multiple", [("resnet", 32), ("vit", 16)])
@@ -304,23 +263,19 @@ def test_what_a_tower_cannot_do_is_refused_with_what_it_can(kind, multiple):
             function(argument)
 
 
-# -------------------------------------------------------------------------------------------------- the whole network
-
-
 @pytest.mark.parametrize("kind, stride", [("resnet", 32), ("resnet", 16), ("resnet", 8), ("vit", 16)])
 def test_logits_at_a_quarter_and_unit_embeddings_of_each_image_for_itself_in_train_mode_as_in_eval_mode(kind, stride):
     net, image = small_net(kind, stride), images(2, 64, 96)
-    seen = []
-    net.high.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
         logits, emb, pooled = out = net.train()(image)
-        _, z, expected = net.encoder(image)
+        low, z, expected = net.encoder(image)
+        branches = net.high(emb * DIM ** 0.5), net.low(low)  # entries of order one, whatever z's length
+        maps = [F.interpolate(branch, (16, 24), mode="bilinear") for branch in branches]
+        torch.testing.assert_close(logits, net.classify(net.fuse(torch.cat(maps, 1))))
         alone, evaluated = net(image[1:]), net.eval()(image)
-    assert (logits is out.logits) and (emb is out.emb) and (pooled is out.pooled)
     assert logits.shape == (2, 7, 16, 24) and emb.shape == (2, DIM, 64 // stride, 96 // stride) and pooled.shape == (2, DIM)
     torch.testing.assert_close(emb, z / z.square().sum(1, keepdim=True).sqrt())
     torch.testing.assert_close(pooled, expected / expected.square().sum(1, keepdim=True).sqrt())
-    torch.testing.assert_close(seen[0], emb * DIM ** 0.5)  # the decoder reads entries of order one, whatever z's length
     for a, b, c in zip(out, alone, evaluated):
         torch.testing.assert_close(a[1:], b, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(a, c)
@@ -328,28 +283,15 @@ def test_logits_at_a_quarter_and_unit_embeddings_of_each_image_for_itself_in_tra
 
 @pytest.mark.parametrize("dim, width, groups", [(16, 8, (2, 1, 2)), (64, 48, (12, 3, 12)), (1024, 128, (32, 8, 32))])
 def test_19_classes_stride_16_and_a_width_that_follows_the_joint_space_unless_told_otherwise(dim, width, groups):
-    net = SegmentationNet(make_clip("resnet", dim, layers=(1, 1, 1, 1), vocabulary=100, context=16).visual)
+    net = SegmentationNet(small_clip("resnet", dim=dim, layers=(1, 1, 1, 1)).visual)
     assert net.encoder.stride == 16 and net.arch["num_classes"] == 19 and net.arch["width"] == width
     shapes = [(width, dim, 1, 1), (width // 4, 64, 1, 1), (width, width * 5 // 4, 3, 3)]
-    parts = (net.high, net.low, net.fuse)
+    parts = net.high, net.low, net.fuse
     assert [part[0].weight.shape for part in parts] == shapes
     assert tuple(part[1].num_groups for part in parts) == groups  # four channels in a group, where there are four
-    assert net(images(1)).logits.shape[1] == 19
 
 
-@pytest.mark.parametrize("branch", ["high", "low"])
-def test_both_branches_reach_the_logits_in_place(branch):
-    """The logits in the top left corner hang on that corner of either branch, and not on the far borders."""
-    net = small_net("resnet", stride=8)
-    net.high[1] = net.low[1] = net.fuse[1] = nn.Identity()  # a norm's mean is over the image, and carries far
-    seen = watch(getattr(net, branch))
-    logits = net(images()).logits
-    corner = torch.autograd.grad(logits[:, :, 0, 0].sum(), list(seen.values()))[0].abs().amax(dim=(0, 1))
-    assert corner[0, 0] > 1e-4 and corner[-1].max() == 0 and corner[:, -1].max() == 0
-
-
-@pytest.mark.parametrize("kind, layers", [("resnet", (1, 2, 2, 2)), ("resnet", (1, 2, 3, 1)), ("vit", 4), ("vit", 3)])
-@pytest.mark.parametrize("resolution", [64, 96])
+@pytest.mark.parametrize("kind, layers, resolution", [("resnet", (1, 2, 2, 2), 96), ("resnet", (1, 2, 3, 1), 64), ("vit", 3, 96)])
 def test_a_checkpoint_rebuilds_the_network_from_its_architecture_alone(kind, layers, resolution):
     net = SegmentationNet(small_clip(kind, layers=layers, resolution=resolution).visual, num_classes=5, stride=8)
     arch = json.loads(json.dumps(net.arch))
@@ -363,16 +305,15 @@ def test_a_checkpoint_rebuilds_the_network_from_its_architecture_alone(kind, lay
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
 def test_under_bfloat16_autocast_the_network_trains_and_its_embeddings_are_float32_unit_vectors(kind):
     net = small_net(kind)
-    exact = net(images())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = net(images())
     assert out.emb.dtype == out.pooled.dtype == torch.float32
     torch.testing.assert_close(out.emb.norm(dim=1), torch.ones(2, 4, 4))
-    assert (out.emb * exact.emb).sum(1).min() > 0.97 and (out.pooled * exact.pooled).sum(1).min() > 0.97
-    assert (out.logits.float() - exact.logits).abs().mean() < 0.1 * exact.logits.abs().mean()
+    for x, exact in zip(out, net(images())):
+        assert F.cosine_similarity(x.float().flatten(1), exact.flatten(1)).min() > 0.99
     (out.logits.float().square().mean() + out.emb[:, 0].sum() + out.pooled[:, 0].sum()).backward()
     assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.requires_grad)
 
@@ -390,10 +331,9 @@ def test_freeze_leaves_exactly_the_stages_behind_it_trainable_and_a_step_moves_t
     visual = small_clip(kind, layers=layers).visual.requires_grad_(False).train()
     net = SegmentationNet(visual, num_classes=7, width=32)
     net.encoder.freeze(stages)
-    norms = [name for name, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)]
-    frozen = ["encoder.visual." + part for part in sum(table[:stages], ATTENDING)]
-    frozen = tuple(part + "." for part in [*norms, *frozen])
-    trainable = {name for name, _ in net.named_parameters() if not (name + ".").startswith(frozen)}
+    frozen = [name for name, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    frozen += ["encoder.visual." + part for part in sum(table[:stages], ATTENDING)]
+    trainable = {name for name, _ in net.named_parameters() if not (name + ".").startswith(tuple(part + "." for part in frozen))}
     assert {name for name, p in net.named_parameters() if p.requires_grad} == trainable
     before = copy.deepcopy(net.state_dict())
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
