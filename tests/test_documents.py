@@ -6,6 +6,8 @@ ideas can be lifted out, nothing knows the machine that it was written on.
 
 import ast
 import dataclasses
+import functools
+import itertools
 import os
 import re
 import shlex
@@ -20,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 # The floors of the house, lowest first: a file imports from lower floors alone.
-FLOORS = (("prototypes", "align", "reweight"), ("toy",), ("data",), ("model",), ("toy_clip", "ppar"), ("checkpoint",), ("evaluate",),
-          ("figures", "bound"), ("train",))
+FLOORS = (("prototypes", "align", "reweight"), ("toy",), ("data",), ("model",), ("toy_clip", "ppar"), ("checkpoint",),
+          ("evaluate",), ("figures", "bound"), ("train",))
 MODULES = tuple(name for floor in FLOORS for name in floor)
 LIFTABLE = ("prototypes", "align", "reweight")
 DOCUMENTS = sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("results/*.md")])
@@ -33,43 +35,40 @@ def read(name):
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-def test_the_documents_and_modules_that_are_tested_here_exist():
-    assert {"README.md", "theory.md"} <= set(DOCUMENTS)
-    assert {f"{name}.py" for name in MODULES} <= set(PYTHON)
+@functools.cache
+def syntax(name):
+    return ast.parse(read(name))
+
+
+def header(name):
+    return ast.get_docstring(syntax(name), clean=False) or ""
 
 
 # ---------------------------------------------------------------------------------------------------------- equations
 
 
 def equations_cited(text):
-    """Numbers in `Eq. 3`, `Eq. 5, 6`, `Eq. 8 to 11`, `Eqs. (1)-(7)`, `eq. (5)`; a range gives all its numbers."""
-    found = set()
-    for match in re.finditer(r"\b[Ee]qs?\.\s*(\(?\d+\)?(?:\s*(?:,|and|or|to|-)\s*\(?\d+\)?(?![\d.]*\w))*)", text):
-        parts = re.split(r"\s*(to|-|,|and|or)\s*", match[1])
-        numbers = [int(part.strip("()")) for part in parts[::2]]
-        for before, sign, after in zip(numbers, parts[1::2], numbers[1:]):
-            found.update(range(before, after + 1) if sign in ("to", "-") else ())
-        found.update(numbers)
-    return found
+    """Numbers in `Eq. 3`, `Eq. 5, 6`, `Eq. 8 to 11`, `Eqs. (1)-(7)`, `eq. (5)`; of a range its ends."""
+    lists = re.findall(r"\b[Ee]qs?\.\s*(\(?\d+\)?(?:\s*(?:,|and|or|to|-)\s*\(?\d+\)?(?![\d.]*\w))*)", text)
+    return {int(number) for numbers in lists for number in re.findall(r"\d+", numbers)}
 
 
 def test_the_pattern_for_equations_sees_every_way_of_citing_them():
     text = "Eq. 3 and Eq. 5, 6; Eqs. 8 to 10; eq. (12); see Eq. 20-22. But Fig. 99 is none, nor Eq. x."
-    assert equations_cited(text) == {3, 5, 6, 8, 9, 10, 12, 20, 21, 22}
+    assert equations_cited(text) == {3, 5, 6, 8, 10, 12, 20, 22}
 
 
 @pytest.mark.parametrize("name", PYTHON + DOCUMENTS)
 def test_every_equation_that_is_cited_has_an_anchor_in_the_theory(name):
-    if name == "tests/test_documents.py":
-        return  # the example above
-    cited = equations_cited(read(name))
-    assert cited <= set(range(1, LAST_EQUATION + 1)), f"{name} cites {sorted(cited - set(range(1, LAST_EQUATION + 1)))}"
+    assert equations_cited(read(name)) <= set(range(1, LAST_EQUATION + 1))
 
 
 def test_anchors_of_the_theory_are_complete_in_order_and_belong_to_their_formula():
     theory = read("theory.md")
     anchors = [int(n) for n in re.findall(r'<a id="eq-(\d+)"></a>', theory)]
     assert anchors == list(range(1, LAST_EQUATION + 1))
+    for mark in ("measured", "tried"):  # the places for results
+        assert re.findall(rf"<!-- {mark}:(begin|end) -->", theory) == ["begin", "end"]
     sections = re.split(r'<a id="eq-\d+"></a>', theory)[1:]
     for n, section in zip(anchors, sections):
         assert section.lstrip().startswith(f"**Eq. {n}, "), f"the anchor of Eq. {n} stands before something else"
@@ -82,36 +81,19 @@ def test_anchors_of_the_theory_are_complete_in_order_and_belong_to_their_formula
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_formulas_are_fenced_as_the_forges_render_them(name):
     """What needs no KaTeX (katex_check.mjs asks it): fences and braces balanced, no bare dollar, no pipe in a table."""
-    text, block, outside = read(name), None, []
-    for line in text.split("\n"):
-        fence = re.match(r"\s*```(\S*)", line)
-        if fence and block is None:
-            block, language = [], fence[1]
-        elif fence:
-            if language == "math":
-                formula = "\n".join(block)
-                assert formula.strip() and _balanced(formula), formula
-            block = None
-        elif block is not None:
-            block.append(line)
-        else:
-            outside.append(line)
-    assert block is None, "a fenced block is never closed"
-    for line in outside:
-        for formula in re.findall(r"\$`([^`]*)`\$", line):
-            assert formula.strip() and _balanced(formula), line
-            assert not (line.lstrip().startswith("|") and "|" in formula), f"the table would be cut here: {line}"
+    parts = re.split(r"^\s*```(.*)$", read(name), flags=re.M)  # text, language, block, the end of the fence, text, ...
+    assert len(parts) % 4 == 1, "a fenced block is never closed"
+    formulas = [block for language, block in zip(parts[1::4], parts[2::4]) if language == "math"]
+    for line in "\n".join(parts[::4]).split("\n"):
+        inline = re.findall(r"\$`([^`]*)`\$", line)
+        assert not (line.lstrip().startswith("|") and "|" in "".join(inline)), f"the table would be cut here: {line}"
         rest = re.sub(r"`[^`]*`", "", re.sub(r"\$`[^`]*`\$", "", line))
         assert "$" not in rest, f"a dollar that belongs to no formula: {line}"
-
-
-def _balanced(formula):
-    depth = 0
-    for sign in re.findall(r"(?<!\\)[{}]", formula):
-        depth += 1 if sign == "{" else -1
-        if depth < 0:
-            return False
-    return depth == 0 and formula.count(r"\left") == formula.count(r"\right")
+        formulas += inline
+    for formula in formulas:
+        depths = list(itertools.accumulate(1 if sign == "{" else -1 for sign in re.findall(r"(?<!\\)[{}]", formula)))
+        assert formula.strip() and min([0, *depths]) == 0 == [0, *depths][-1], formula
+        assert formula.count(r"\left") == formula.count(r"\right"), formula
 
 
 # ----------------------------------------------------------------------------------------------------------- commands
@@ -121,7 +103,7 @@ def commands(name):
     """Command lines of a file: fenced bash blocks of a document, indented lines of a header, `python ...` of both."""
     text = read(name)
     if name.endswith(".py"):
-        head = ast.get_docstring(ast.parse(text), clean=False) or ""
+        head = header(name)
         lines = re.findall(r"^\s{4,}((?:python|torchrun) .*)$", head, re.M) + re.findall(r"`(python [^`\n]+)`", head)
         return [re.split(r"\s{3,}", line)[0] for line in lines]  # in a header, what follows three spaces is a remark
     lines = []
@@ -174,11 +156,8 @@ def check_command(line):
 
 def flags_of(script):
     """Flags that a script gives to argparse, read off its source."""
-    flags = set()
-    for node in ast.walk(ast.parse(read(script))):
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
-            flags |= {a.value for a in node.args if isinstance(a, ast.Constant) and str(a.value).startswith("--")}
-    return flags
+    calls = [n for n in ast.walk(syntax(script)) if getattr(getattr(n, "func", None), "attr", "") == "add_argument"]
+    return {str(getattr(a, "value", "")) for call in calls for a in call.args if str(getattr(a, "value", "")).startswith("--")}
 
 
 @pytest.mark.parametrize("line", ["python train.py --tua 0.1", "python train.py --align sideways", "python nothing.py",
@@ -194,32 +173,24 @@ def test_a_wrong_command_would_be_noticed(line):
 # --------------------------------------------------------------------------------------------------------------- names
 
 
-class Names(ast.NodeVisitor):
-    """What a file defines (top level, members of its classes) and every identifier or short string in it."""
-
-    def __init__(self, name):
-        self.defined, self.used = set(), set()
-        tree = ast.parse(read(name))
-        for node in tree.body:
-            self._define(node)
-            if isinstance(node, ast.ClassDef):
-                for member in node.body:
-                    self._define(member)
-        for node in ast.walk(tree):
-            for field in ("id", "attr", "arg", "name"):
-                if isinstance(getattr(node, field, None), str):
-                    self.used.add(getattr(node, field))
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 40:
-                self.used.add(node.value)
-
-    def _define(self, node):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            self.defined.add(node.name)
-        for target in getattr(node, "targets", [getattr(node, "target", None)]):
-            self.defined |= {n.id for n in ast.walk(target) if isinstance(n, ast.Name)} if target is not None else set()
+@functools.cache
+def defined(name):
+    """What a file defines on its top level and in its classes."""
+    body = [*syntax(name).body]
+    body += [member for node in body if isinstance(node, ast.ClassDef) for member in node.body]
+    targets = [target for node in body for target in getattr(node, "targets", [getattr(node, "target", None)]) if target]
+    return ({node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+            | {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)})
 
 
-NAMES = {name: Names(name) for name in PYTHON}
+@functools.cache
+def used(name):
+    """Every identifier and every short string in a file."""
+    nodes = list(ast.walk(syntax(name)))
+    return ({getattr(node, field, None) for node in nodes for field in ("id", "attr", "arg", "name")}
+            | {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str) and len(n.value) < 40})
+
+
 PLAIN = r"`[A-Za-z_]\w*(?:\([^`]*\))?`"  # `name` or `name(arguments)`
 
 
@@ -231,51 +202,35 @@ def places(text):
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_files_that_a_document_names_exist(name):
-    text = re.sub(r"```.*?```", "", read(name), flags=re.S)
-    for file in set(re.findall(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|mjs|md|txt|yml))`", text)):
-        assert (ROOT / file).is_file(), f"{name} names {file}"
-
-
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_functions_that_a_document_names_are_in_the_file_that_it_says(name):
-    for file, function in places(read(name)):
-        assert function in NAMES[file].defined, f"{name} says that {file} defines {function}"
-    for test in set(re.findall(r"`(test_\w+)`", re.sub(r"`[\w/]+\.py`", "", read(name)))):
-        assert any(test in NAMES[file].defined for file in PYTHON if file.startswith("tests/")), test
-
-
-def test_the_theory_names_enough_functions_for_this_to_mean_something():
-    assert len(set(places(read("theory.md")))) >= 25
-    assert ("bound.py", "hub_bound") in set(places(read("theory.md")))
+def test_files_functions_and_columns_that_a_document_names_are_where_it_says(name):
+    text = read(name)
+    for file in set(re.findall(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|mjs|md|txt|yml))`", re.sub(r"```.*?```", "", text, flags=re.S))):
+        assert (ROOT / file).is_file(), file
+    for file, function in places(text):
+        assert function in defined(file), f"{file} defines no {function}"
+    for test in set(re.findall(r"`(test_\w+)`", re.sub(r"`[\w/]+\.py`", "", text))):
+        assert any(test in defined(file) for file in PYTHON if file.startswith("tests/")), test
+    for match in re.finditer(rf"columns? ((?:{PLAIN}(?:\s*\([^)]*\))?(?:,| and)?\s*)+)", text):  # those of bound.json
+        assert set(re.findall(r"`(\w+)`", match[1])) <= used("bound.py"), match[0]
 
 
 def test_names_of_the_notation_table_are_in_their_files():
-    rows = [line.split("|")[1:-1] for line in read("theory.md").split("\n") if line.startswith("| $`")]
+    theory = read("theory.md")
+    rows = [line.split("|")[1:-1] for line in theory.split("\n") if line.startswith("| $`")]
     rows = [row for row in rows if len(row) == 4 and ".py`" in row[3]]
-    assert len(rows) >= 15
     for symbol, _, code, file in rows:
-        file = file.strip().strip("`")
-        for name in re.findall(r"`(\w+)`", code):
-            assert name in NAMES[file].used | NAMES[file].defined, f"{symbol.strip()}: {name} is not in {file}"
-
-
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_columns_that_a_document_names_are_written_by_the_code(name):
-    """After "column" or "columns", names in backticks are keys of bound.json."""
-    for match in re.finditer(rf"columns? ((?:{PLAIN}(?:\s*\([^)]*\))?(?:,| and)?\s*)+)", read(name)):
-        for key in re.findall(r"`(\w+)`", match[1]):
-            assert key in NAMES["bound.py"].used, f"{name}: no code in bound.py writes {key}"
+        assert set(re.findall(r"`(\w+)`", code)) <= used(file.strip(" `")), symbol
+    assert len(rows) >= 15 and len(set(places(theory))) >= 25 and ("bound.py", "hub_bound") in set(places(theory))
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_flags_that_a_document_names_exist(name):
     import train
 
-    known = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(train.Config)}
-    known |= {"--no-" + f.name.replace("_", "-") for f in dataclasses.fields(train.Config) if f.type is bool}
-    known |= set().union(*(flags_of(script) for script in PYTHON))
-    known |= {f"--{w}" for w in ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "help")}
+    fields = {f.name.replace("_", "-"): f.type for f in dataclasses.fields(train.Config)}
+    known = {*fields, *("no-" + name for name, kind in fields.items() if kind is bool)}
+    known |= {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "help"}
+    known = {"--" + name for name in known}.union(*(flags_of(script) for script in PYTHON))
     text = re.sub(r"```(?!bash|sh).*?```", "", read(name), flags=re.S)
     for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", re.sub(r"<!--.*?-->", "", text, flags=re.S))):
         assert flag in known, f"{name} names {flag}"
@@ -296,9 +251,6 @@ def test_links_inside_the_repository_resolve(name):
             assert place in headings | set(re.findall(r'id="([^"]+)"', text)), f"{name} links to {target}"
 
 
-# ------------------------------------------------------------------------------------------------------------ defaults
-
-
 def test_defaults_of_the_theory_are_those_of_the_code():
     import train
 
@@ -307,40 +259,41 @@ def test_defaults_of_the_theory_are_those_of_the_code():
     seen = set()
     for flag, _, *values in (line.strip("|").split("|") for line in table.strip().split("\n")[2:]):
         name = re.search(r"`--([\w-]+)`", flag)[1].replace("-", "_")
-        for value, config in zip(values, (real, toy), strict=True):
+        seen.add(name)
+        for stated, config in zip(map(str.strip, values), (real, toy), strict=True):
             default = getattr(config, name)
-            stated = value.strip()
             default = " ".join(map(str, default)) if isinstance(default, tuple) else default
             same = float(stated) == default if isinstance(default, float) else stated == str(default)
-            assert same, f"theory.md says {stated} for --{name.replace('_', '-')}, the code {default}"
-        seen.add(name)
+            assert same, f"theory.md says {stated} for {flag}, the code {default}"
     assert {"tau", "w_align", "w_vtp", "align", "reweight", "ramp", "text_weight"} <= seen
-
-
-def test_places_for_results_are_marked_once():
-    for mark in ("measured", "tried"):
-        assert re.findall(rf"<!-- {mark}:(begin|end) -->", read("theory.md")) == ["begin", "end"]
 
 
 # --------------------------------------------------------------------------------------------------------------- files
 
 
+READINGS = dict(prototypes=2, align=3, reweight=3, ppar=2, data=1, model=3, evaluate=1, train=1)
+
+
 @pytest.mark.parametrize("name", MODULES)
-def test_every_module_opens_with_its_header(name):
-    head = ast.get_docstring(ast.parse(read(f"{name}.py"))) or ""
+def test_every_module_opens_with_its_header_and_marks_every_choice_that_the_abstract_does_not_make(name):
+    head = header(f"{name}.py")
     assert head.startswith(f"{name}.py: "), "name and one sentence"
     assert len(head) > 400 and f"python {name}.py" in head and "TO BE" not in head
     assert "Not here:" in head or name == "train", "what a reader may look for, and where it is"  # train composes all
+    assert read(f"{name}.py").count("# our reading:") >= READINGS.get(name, 0)
 
 
-@pytest.mark.parametrize("name", [p for p in PYTHON if "/" in p])
-def test_every_other_file_says_what_it_is(name):
-    assert len(ast.get_docstring(ast.parse(read(name))) or "") > 40
+@pytest.mark.parametrize("name", PYTHON)
+def test_a_file_says_what_it_is_and_has_no_line_that_is_a_wall_and_no_function_longer_than_a_screen(name):
+    """120 characters are the rule of the house, 140 the point at which a line cannot be read beside another file."""
+    assert len(header(name)) > 40
+    assert not [line for line in read(name).split("\n") if len(line) > 140]
+    functions = [n for n in ast.walk(syntax(name)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    assert not [n.name for n in functions if n.end_lineno - n.lineno >= 60]
 
 
 def imports(name):
-    tree = ast.parse(read(f"{name}.py"))
-    nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    nodes = list(ast.walk(syntax(f"{name}.py")))
     names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
     return {full.split(".")[0] for full in names | {n.module or "." for n in nodes if isinstance(n, ast.ImportFrom)}}
 
@@ -367,37 +320,13 @@ def test_the_house_keeps_its_sizes():
     assert lines["train"] <= 400 and lines["ppar"] <= 160 and all(lines[name] <= 150 for name in LIFTABLE), lines
 
 
-@pytest.mark.parametrize("name", PYTHON)
-def test_no_function_is_longer_than_a_screen(name):
-    long = [f"{node.name}: {node.end_lineno - node.lineno + 1}" for node in ast.walk(ast.parse(read(name)))
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno - node.lineno >= 60]
-    assert not long
-
-
-READINGS = dict(prototypes=2, align=3, reweight=3, ppar=2, data=1, model=3, evaluate=1, train=1)
-
-
-@pytest.mark.parametrize("name", READINGS)
-def test_every_choice_that_the_abstract_does_not_make_is_marked(name):
-    assert read(f"{name}.py").count("# our reading:") >= READINGS[name]
-
-
-def test_an_idea_copied_alone_into_an_empty_folder_still_runs(tmp_path):
-    for name in LIFTABLE:
-        (tmp_path / name).mkdir()
-        shutil.copy(ROOT / f"{name}.py", tmp_path / name)
-    code = f"""import os, runpy
-for name in {LIFTABLE}:
-    os.chdir(name)
-    runpy.run_path(name + ".py", run_name="__main__")
-    os.chdir("..")
-    print("====")"""  # one process, so that torch is loaded once; -I: it sees nothing but the installed packages
-    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600,
+@pytest.mark.parametrize("name", LIFTABLE)
+def test_an_idea_copied_alone_into_an_empty_folder_still_runs(name, tmp_path):
+    shutil.copy(ROOT / f"{name}.py", tmp_path)  # -I: it sees nothing but the installed packages
+    done = subprocess.run([sys.executable, "-I", f"{name}.py"], cwd=tmp_path, capture_output=True, text=True, timeout=600,
                           check=False, env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr
-    shown = done.stdout.split("====")
-    assert len(shown) == len(LIFTABLE) + 1
-    assert all(len(text.strip().splitlines()) >= 2 for text in shown[:-1]), "a demonstration prints what it shows"
+    assert len(done.stdout.strip().splitlines()) >= 2, "a demonstration prints what it shows"
 
 
 KINDS = {".py", ".md", ".mjs", ".txt", ".toml", ".cfg", ".yml", ".csv"}
@@ -410,17 +339,4 @@ TEXT += [p for p in (ROOT / ".ci" / "run",) if p.is_file()]
 def test_no_file_knows_the_machine_that_it_was_written_on(path):
     pattern = r"(?<![\w.])(/(?:work|home|root|tmp|Users|mnt|workspace)/\w[^\s`'\"]*|[A-Z]:\\\\?Users)"
     assert not re.findall(pattern, path.read_text(encoding="utf-8"))
-
-
-def test_a_path_of_the_machine_would_be_noticed(tmp_path):
-    place = tmp_path / "x.py"
-    place.write_text("ROOT = '/ho" + "me/somebody/clip.pt'\n")
-    with pytest.raises(AssertionError):
-        test_no_file_knows_the_machine_that_it_was_written_on(place)
-
-
-@pytest.mark.parametrize("name", PYTHON)
-def test_no_line_is_a_wall(name):
-    """120 characters are the rule of the house, 140 the point at which a line cannot be read beside another file."""
-    long = [n for n, line in enumerate(read(name).split("\n"), 1) if len(line) > 140]
-    assert not long, f"lines {long} of {name}"
+    assert re.findall(pattern, "ROOT = '/ho" + "me/somebody/clip.pt'"), "it would be noticed"
