@@ -113,7 +113,8 @@ def test_the_toy_clip_is_the_file_beside_the_module():
 
 
 @pytest.mark.parametrize("error", [urllib.error.URLError("Name or service not known"), OSError(28, "No space left on device")])
-@pytest.mark.parametrize("name, remedy", [("RN50", f"Fetch {model.clip.clip._MODELS['RN50']} elsewhere"), (__file__, "Is it readable")])
+@pytest.mark.parametrize("name, remedy", [(__file__, "Is it readable?"),
+                                          ("RN50", f"{model.clip.clip._MODELS['RN50']} elsewhere and put it into ~/.cache/clip")])
 def test_a_failed_download_or_read_is_one_sentence_with_its_reason_and_the_remedy(name, remedy, error, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))  # a cached RN50 of the developer's must not be found
     for function in ("urllib.request.urlopen", "torch.jit.load"):
