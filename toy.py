@@ -55,10 +55,13 @@ class _Canvas:
         self.pen = ImageDraw.Draw(self.picture)
         self.table, self.objects = {}, 0  # row -> number of the part
 
-    def begin(self, cls, z=0.0, new=True):
-        """A new object, which faces the camera at depth z, or a part of another class of the last one."""
+    def begin(self, cls, z=0.0, x=0.0, scale=1, new=True):
+        """A new object, or a part of another class of the last one: at depth z, facing the camera, its middle at x.
+
+        Shapes at that depth count x from this middle, in units of scale: with -1 they are mirrored.
+        """
         self.objects += new
-        self.owner, self.z = (cls, self.objects - 1), z
+        self.owner, self.z, self.x, self.scale = (cls, self.objects - 1), z, x, scale
 
     def part(self, material, shade=1.0, plane=FRONT, at=None, owner=None):
         cls, obj = (ROAD, 0) if material == SHADOW else owner or self.owner
@@ -80,6 +83,9 @@ class _Canvas:
         part = self.part(material, 1.0, GROUND, at, owner)
         self.polygon(part, [(x0, 0, z0), (x1, 0, z0), (x1, 0, z1), (x0, 0, z1)])
 
+    def shadow(self, half, z0, z1):
+        self.ground(SHADOW, self.x - half, self.x + half, z0, z1)
+
     def side(self, material, x, z0, z1, y0, y1, taper=0.0, shade=None):
         """A plane along the street; without a shade it is lit as if it faced the camera."""
         part = self.part(material) if shade is None else self.part(material, shade, SIDE, x)
@@ -89,25 +95,28 @@ class _Canvas:
         for z in axles:
             self.polygon(self.part(DARK), [(x, r + r * np.sin(a), z + r * np.cos(a)) for a in np.arange(0, 6.2, .79)])
 
+    def flat(self, x, y):
+        """A point of the object: all shapes below are made of these."""
+        return self.point(self.x + self.scale * x, y, self.z)
+
     def face(self, material, points, shade=1.0):
-        """Points (x, y) at the object's depth; so are the shapes below."""
-        self.polygon(self.part(material, shade), [(x, y, self.z) for x, y in points])
+        self.pen.polygon([self.flat(*p) for p in points], fill=self.part(material, shade))
 
-    def front(self, material, x0, x1, y0, y1, taper=1.0, shade=1.0):
-        mid, half = (x0 + x1) / 2, (x1 - x0) / 2 * taper
-        self.face(material, [(x0, y0), (x1, y0), (mid + half, y1), (mid - half, y1)], shade)
+    def front(self, material, half, y0, y1, taper=1.0, shade=1.0, x=0.0):
+        top = half * taper
+        self.face(material, [(x - half, y0), (x + half, y0), (x + top, y1), (x - top, y1)], shade)
 
-    def pair(self, material, x, apart, half, y0, y1):
-        for middle in (x - apart, x + apart):
-            self.front(material, middle - half, middle + half, y0, y1)
+    def pair(self, material, apart, half, y0, y1):
+        for x in (-apart, apart):
+            self.front(material, half, y0, y1, x=x)
 
     def disc(self, material, x, y, rx, ry=None, shade=1.0):
-        (px, py), k = self.point(x, y, self.z), self.focal / self.z
+        (px, py), k = self.flat(x, y), self.focal / self.z
         ax, ay = max(rx * k, 0.6), max((ry or rx) * k, 0.6)
         self.pen.ellipse((px - ax, py - ay, px + ax, py + ay), fill=self.part(material, shade))
 
     def rod(self, material, x0, y0, x1, y1, width, shade=1.0):
-        ends = self.point(x0, y0, self.z), self.point(x1, y1, self.z)
+        ends = self.flat(x0, y0), self.flat(x1, y1)
         self.pen.line(ends, fill=self.part(material, shade), width=max(1, round(width * self.focal / self.z)))
 
 
@@ -148,11 +157,11 @@ class Scene(_Canvas):
         x, built = -self.far * 1.2, self.layout["building"] / (self.layout["building"] + self.layout["tree"])
         while x < self.far * 1.2:
             wide, house = self.rng.uniform(6, 22), self.rng.random() < built
-            self.begin(BUILDING if house else VEGETATION, self.far)
+            self.begin(BUILDING if house else VEGETATION, self.far, x + wide / 2)
             if house:
-                self.front(BODY, x, x + wide, 0, self.rng.uniform(5, 18), shade=.95)
+                self.front(BODY, wide / 2, 0, self.rng.uniform(5, 18), shade=.95)
             else:
-                self.disc(BODY, x + wide / 2, 1, wide * .6, self.rng.uniform(4, 9), shade=.95)
+                self.disc(BODY, 0, 1, wide * .6, self.rng.uniform(4, 9), shade=.95)
             x += wide * .9
 
     def pavement(self):
@@ -238,28 +247,27 @@ class Scene(_Canvas):
 
     def vehicle(self, cls, x, z, w, end, shadow, sides, wheels, tyres, faces, lamps):
         """Reaches from x - w to x + w and from z to end: the flank if it is seen, then tyres, faces and lamps."""
-        self.begin(cls, z)
-        self.ground(SHADOW, x - w - shadow[0], x + w + shadow[0], z - shadow[1], end)
+        self.begin(cls, z, x)
+        self.shadow(w + shadow[0], z - shadow[1], end)
         if abs(x) > w:
-            flank = x - w if x > 0 else x + w
+            flank = x - w * np.sign(x)
             for material, *shape in sides:
                 self.side(material, flank, *shape)
             self.wheels(flank, *wheels)
-        self.pair(DARK, x, *tyres)
-        for material, half, *shape in faces:
-            self.front(material, x - half, x + half, *shape)
-        self.pair(LAMP, x, *lamps)
+        self.pair(DARK, *tyres)
+        for face in faces:
+            self.front(*face)
+        self.pair(LAMP, *lamps)
 
     def car(self, x, z):
         w, end, tall = self.rng.uniform(0.82, 0.98), z + self.rng.uniform(3.6, 4.6), self.rng.uniform(1.35, 1.75)
         belt = 0.58 * tall
         sides = [(BODY, z, end, .28, belt, 0, .72), (BODY, z + .3, end - .9, belt, tall, .45, .66),
                  (GLASS, z + .6, end - 1.2, belt + .05, tall - .12, .35)]
-        faces = [(BODY, w, .25, belt), (BODY, w, belt, tall, .74, 1.08),
-                 (GLASS, .84 * w, belt + .02, tall - .13, .82)]
+        faces = [(BODY, w, .25, belt), (BODY, w, belt, tall, .74, 1.08), (GLASS, .84 * w, belt + .02, tall - .13, .82)]
         self.vehicle(CAR, x, z, w, end, (.15, .2), sides, wheels=(.34, z + .75, end - .8), tyres=(w - .16, .14, 0, .4),
                      faces=faces, lamps=(.8 * w, .17, .58, .76))
-        self.front(ACCENT, x - .28, x + .28, .36, .5)
+        self.front(ACCENT, .28, .36, .5)
 
     def truck(self, x, z):
         """Told from a bus by its closed box on a dark frame, and by its cab."""
@@ -287,131 +295,126 @@ class Scene(_Canvas):
     def car_across(self, x, z):
         """A car on the crossing street, seen from its side."""
         half, tall = self.rng.uniform(1.8, 2.2), self.rng.uniform(1.35, 1.6)
-        d = self.rng.choice([-1, 1]) * half
-        self.begin(CAR, z)
-        self.ground(SHADOW, x - half, x + half, z - 0.2, z + 1.6)
-        outline = [(-1, .3), (1, .3), (1, .75), (.62, .86), (.3, tall), (-.5, tall), (-.85, .9), (-1, .85)]
-        self.face(BODY, [(x + d * a, y) for a, y in outline], 0.9)
-        for a, b, c, e in ((.5, -.06, -.06, .26), (-.72, -.14, -.14, -.47)):
-            pane = [(a, .9), (b, .9), (c, tall - .1), (e, tall - .1)]
-            self.face(GLASS, [(x + d * s, y) for s, y in pane])
+        self.begin(CAR, z, x, scale=self.rng.choice([-1, 1]) * half)
+        self.shadow(half, z - 0.2, z + 1.6)
+        self.face(BODY, [(-1, .3), (1, .3), (1, .75), (.62, .86), (.3, tall), (-.5, tall), (-.85, .9), (-1, .85)], 0.9)
+        for a, b, c, d in ((.5, -.06, -.06, .26), (-.72, -.14, -.14, -.47)):
+            self.face(GLASS, [(a, .9), (b, .9), (c, tall - .1), (d, tall - .1)])
         for a in (-.62, .64):
-            self.disc(DARK, x + d * a, .34, .36)
-        self.disc(LAMP, x + d * .95, .68, .12)
+            self.disc(DARK, a, .34, .36)
+        self.disc(LAMP, .95, .68, .12)
 
-    def person(self, x, z, y=0.0, walks=True):
-        """A walker, or what sits on a two-wheeler: that one's legs are drawn there."""
-        if walks:
-            self.begin(PERSON, z)
+    def person(self, x, z, y=0.0, cls=PERSON):
+        """A walker, or what sits on a two-wheeler, a RIDER: that one's legs are drawn there."""
+        walks = cls == PERSON
+        self.begin(cls, z, x, new=walks)
         tall, lean = self.rng.uniform(1.5, 1.9), self.rng.uniform(-0.22, 0.22)
         hip, neck = y + 0.48 * tall, y + 0.84 * tall
         for foot in (lean, -lean * 0.9) if walks else ():
-            self.face(LEGS, [(x - .15, hip), (x + .15, hip), (x + foot + .08, y), (x + foot - .08, y)])
-        torso = [(-.17, hip - .06), (.17, hip - .06), (.25, neck - .1), (.12, neck), (-.12, neck), (-.25, neck - .1)]
-        self.face(BODY, [(x + a, b) for a, b in torso])
+            self.face(LEGS, [(-.15, hip), (.15, hip), (foot + .08, y), (foot - .08, y)])
+        self.face(BODY, [(-.17, hip - .06), (.17, hip - .06), (.25, neck - .1), (.12, neck), (-.12, neck),
+                         (-.25, neck - .1)])
         for arm in (-1, 1) if walks else ():
-            self.rod(BODY, x + arm * 0.25, neck - 0.1, x + arm * (0.3 + abs(lean) * 0.5), hip, 0.11)
-        self.disc(SKIN, x, neck + 0.15, 0.115, 0.15)
+            self.rod(BODY, arm * 0.25, neck - 0.1, arm * (0.3 + abs(lean) * 0.5), hip, 0.11)
+        self.disc(SKIN, 0, neck + 0.15, 0.115, 0.15)
         if self.rng.random() < 0.6 or not walks:  # hair or helmet
-            self.disc(ACCENT, x, neck + 0.22, 0.13, 0.1)
+            self.disc(ACCENT, 0, neck + 0.22, 0.13, 0.1)
 
     def rider(self, x, z, parked=False):
         """A motorcycle or a bicycle, across the view or along it, with its rider or parked."""
-        motor, d, across = self.rng.random() < 0.5, self.rng.choice([-1, 1]), self.rng.random() < 0.7
-        self.begin(MOTORCYCLE if motor else BICYCLE, z)
-        self.ground(SHADOW, x - (0.9 if across else 0.3), x + (0.9 if across else 0.3), z - 0.1, z + 0.6)
+        motor, turn, across = self.rng.random() < 0.5, self.rng.choice([-1, 1]), self.rng.random() < 0.7
+        turn = turn if across else 1
+        self.begin(MOTORCYCLE if motor else BICYCLE, z, x, turn)
+        self.shadow(0.9 if across else 0.3, z - 0.1, z + 0.6)
         if across:
             r, hub, inner = (.34, BODY, .35) if motor else (.38, SPOKES, .72)
             for wheel in (-0.58, 0.58):
-                self.disc(DARK, x + wheel, r, r)
-                self.disc(hub, x + wheel, r, r * inner)
-        if across and motor:
-            trunk = ((-.75, .8), (-.3, .3), (.3, .3), (.55, .95), (.2, .95), (-.1, .75))
-            self.face(BODY, [(x + d * a, b) for a, b in trunk])
-            self.rod(DARK, x + d * .58, .4, x + d * .4, 1.1, .12)
-            self.disc(LAMP, x + d * .58, .92, .11)
-        elif across:
-            for a, b, c, e in ((-.58, .38, -.2, .85), (-.2, .85, .42, .8), (.42, .8, .58, .38), (-.1, .38, .42, .8),
-                               (-.58, .38, -.1, .38), (.38, 1.02, .48, .8)):
-                self.rod(BODY, x + d * a, b, x + d * c, e, .07)
+                self.disc(DARK, wheel, r, r)
+                self.disc(hub, wheel, r, r * inner)
         else:
             tyre, trunk = (.1, .25) if motor else (.05, .07)
-            self.front(DARK, x - tyre, x + tyre, 0, .75)
-            self.front(BODY, x - trunk, x + trunk, .4, .9, .7)
-            self.rod(BODY, x - .35, 1.02, x + .35, 1.02, .07)
-            if motor:
-                self.disc(LAMP, x, .78, .12)
+            self.front(DARK, tyre, 0, .75)
+            self.front(BODY, trunk, .4, .9, .7)
+            self.rod(BODY, -.35, 1.02, .35, 1.02, .07)
+        if across and motor:
+            self.face(BODY, [(-.75, .8), (-.3, .3), (.3, .3), (.55, .95), (.2, .95), (-.1, .75)])
+            self.rod(DARK, .58, .4, .4, 1.1, .12)
+        elif across:
+            for line in ((-.58, .38, -.2, .85), (-.2, .85, .42, .8), (.42, .8, .58, .38), (-.1, .38, .42, .8),
+                         (-.58, .38, -.1, .38), (.38, 1.02, .48, .8)):
+                self.rod(BODY, *line, .07)
+        if motor:
+            self.disc(LAMP, *((.58, .92, .11) if across else (0, .78, .12)))
         if parked:
             return
-        self.begin(RIDER, z, new=False)
-        seat = x - d * .15 if across else x
+        self.begin(RIDER, z, x, turn, new=False)
         if across:
-            self.rod(LEGS, seat, .95, x + d * .22, .62, .2)
-            self.rod(LEGS, x + d * .22, .62, x + d * .02, .28, .15)
-            self.rod(BODY, seat, 1.35, x + d * .38, 1.05, .12, shade=.85)
+            self.rod(LEGS, -.15, .95, .22, .62, .2)
+            self.rod(LEGS, .22, .62, .02, .28, .15)
+            self.rod(BODY, -.15, 1.35, .38, 1.05, .12, shade=.85)
         else:
-            for side in (-.16, .16):
-                self.rod(LEGS, x + side, .95, x + side * 1.3, .35, .16)
-        self.person(seat, z, 0.15, walks=False)
+            self.rod(LEGS, -.16, .95, -.208, .35, .16)
+            self.rod(LEGS, .16, .95, .208, .35, .16)
+        self.person(x - .15 * turn if across else x, z, 0.15, RIDER)
 
     def tree(self, x, z):
-        self.begin(VEGETATION, z)
+        self.begin(VEGETATION, z, x)
         tall = self.rng.uniform(3.5, 8)
         wide = tall * self.rng.uniform(0.22, 0.36)
-        self.rod(TRUNK, x, 0, x + self.rng.uniform(-.2, .2), tall * .6, .3)
+        self.rod(TRUNK, 0, 0, self.rng.uniform(-.2, .2), tall * .6, .3)
         if self.rng.random() < 0.25:  # a conifer
             for k in range(3):
-                half, low = wide * (1 - .25 * k), tall * (.2 + .25 * k)
-                self.front(BODY, x - half, x + half, low, low + tall * .35, .1, shade=.85 + .1 * k)
+                low = tall * (.2 + .25 * k)
+                self.front(BODY, wide * (1 - .25 * k), low, low + tall * .35, .1, shade=.85 + .1 * k)
             return
         for k in range(6):
             a = self.rng.uniform(0, 6.28)
-            px, py = x + wide * .6 * np.cos(a), tall * .68 + wide * .6 * np.sin(a) + .05 * k
+            px, py = wide * .6 * np.cos(a), tall * .68 + wide * .6 * np.sin(a) + .05 * k
             self.disc(BODY, px, py, wide * self.rng.uniform(.45, .75), shade=.8 + .07 * k)
 
     def bush(self, x, z, wide):
-        self.begin(VEGETATION, z)
+        self.begin(VEGETATION, z, x)
         for k in range(4):
             r = wide * self.rng.uniform(.35, .6)
-            self.disc(BODY, x + self.rng.uniform(-.5, .5) * wide, r * .7, r, r * .9, shade=.85 + .08 * k)
+            self.disc(BODY, self.rng.uniform(-.5, .5) * wide, r * .7, r, r * .9, shade=.85 + .08 * k)
 
     def post(self, x, z, kind, inward):
         """A pole with a lamp, a traffic light or a traffic sign; `inward` points to the road."""
         tall = self.rng.uniform(*{"lamp": (5, 7.5), "light": (2.9, 4), "sign": (2.3, 3.1)}[kind])
-        self.begin(POLE, z)
-        self.rod(BODY, x, 0, x, tall, .17)
+        self.begin(POLE, z, x, inward)
+        self.rod(BODY, 0, 0, 0, tall, .17)
         if kind == "lamp":
-            self.rod(BODY, x, tall, x + inward * 1.6, tall + .2, .12)
-            self.rod(LAMP, x + inward * 1.2, tall + .1, x + inward * 1.9, tall + .15, .22)
+            self.rod(BODY, 0, tall, 1.6, tall + .2, .12)
+            self.rod(LAMP, 1.2, tall + .1, 1.9, tall + .15, .22)
         elif kind == "light":
             if self.rng.random() < .4:  # on an arm over the road
-                self.rod(BODY, x, tall + 1, x + inward * 2.5, tall + 1, .13)
-                self.rod(BODY, x, tall, x, tall + 1, .15)
+                self.rod(BODY, 0, tall + 1, 2.5, tall + 1, .13)
+                self.rod(BODY, 0, tall, 0, tall + 1, .15)
                 x, tall = x + inward * 2.5, tall + .9
-            self.begin(LIGHT, z, new=False)
-            self.front(BODY, x - .28, x + .28, tall - .95, tall + .25)
+            self.begin(LIGHT, z, x, new=False)
+            self.front(BODY, .28, tall - .95, tall + .25)
             lit = self.rng.integers(3)
             for k, lens in enumerate((RED, AMBER, GREEN)):
-                self.disc(lens if k == lit else UNLIT, x, tall + .05 - .38 * k, .17)
+                self.disc(lens if k == lit else UNLIT, 0, tall + .05 - .38 * k, .17)
         else:
-            self.begin(SIGN, z, new=False)
+            self.begin(SIGN, z, x, new=False)
             corners, r = (0, 3, 4, 2)[self.rng.integers(4)], self.rng.uniform(.38, .55)
+            turn = np.arange(corners) * 2 * np.pi / max(corners, 1)
             for face, size in ((BODY, r), (SYMBOL, .66 * r)):
                 if corners == 0:
-                    self.disc(face, x, tall, size)
+                    self.disc(face, 0, tall, size)
                 elif corners == 2:
-                    self.front(face, x - size * 1.3, x + size * 1.3, tall - size * .8, tall + size * .8)
+                    self.front(face, size * 1.3, tall - size * .8, tall + size * .8)
                 else:
-                    turn, size = np.arange(corners) * 2 * np.pi / corners, size * 1.22
-                    self.face(face, [(x + size * np.sin(a), tall + size * np.cos(a)) for a in turn])
+                    self.face(face, [(1.22 * size * np.sin(a), tall + 1.22 * size * np.cos(a)) for a in turn])
 
     def plank(self, cls, x, z0, z1, tall, outward):
         """A building, wall or fence: a plane along the street, and the end that faces the camera."""
-        self.begin(cls, z0)
+        half = 6 if cls == BUILDING else .25
+        self.begin(cls, z0, x + outward * half)
         self.side(BODY, x, z0, z1, 0, tall, shade=0.86)
         if cls != FENCE:
-            deep = x + outward * (12 if cls == BUILDING else .5)
-            self.front(BODY, min(x, deep), max(x, deep), 0, tall)
+            self.front(BODY, half, 0, tall)
 
 
 # ------------------------------------------------------------------------------------------------------- appearance

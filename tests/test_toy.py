@@ -98,7 +98,7 @@ def test_near_things_hide_far_ones():
     canvas = toy._Canvas(110, 1.5, 40, 96)
     for cls, z in ((toy.BUS, 30), (toy.WALL, 8)):
         canvas.begin(cls, z)
-        canvas.front(toy.BODY, -2, 2, 0, 3)
+        canvas.front(toy.BODY, 2, 0, 3)
     assert canvas.column(0)[40, 96] == toy.WALL
 
 
