@@ -8,16 +8,13 @@ toy_clip.py makes the CLIP. A picture is drawn in two passes that share nothing 
     paint    a domain's look: colours per class, texture, weather, light, lens. It never moves a pixel, so labels
              are exact under every look, and one scene can be seen in all: draw(..., look="toy-night").
 
-What makes it a domain gap. In the source `toy-gta5` class and appearance are tied by accident, as in an engine's list
-of assets: every car is red and no other class is, every class has one texture, it is always a clear noon. Colour alone
-then nearly solves the source, and a network that leans on it fails elsewhere. What holds in every domain is structure:
-windows in rows, bars, slabs and lanes in perspective, wheels, leaves, place in the scene.
-
-Harmful source data: in a share of the training scenes, a quarter to almost half of the pixels get unrelated texture
-under some class's label, or another class's label. `wrong` marks them, for analysis only.
+What makes it a domain gap: in the source `toy-gta5` class and appearance are tied by accident, as in an engine's list
+of assets. Every car is red and no other class is, every class has one texture, it is always a clear noon. A network
+that leans on this nearly solves the source and fails elsewhere. What holds in every domain is structure: windows in
+rows, bars, slabs and lanes in perspective, wheels, leaves, place in the scene.
 
 Shapes
-    image    (H, W, 3) uint8     label    (H, W) uint8: train ids, 255 = void     wrong    (H, W) bool
+    image    (H, W, 3) uint8     label    (H, W) uint8: train ids, 255 = void     wrong    (H, W) bool: see _spoil
 
 Not here: the miniature CLIP (toy_clip.py), the table of data sets (data.py), a picture of all domains (figures.py).
 Run `python toy.py` for a demonstration in seconds: how far colour alone gets in each domain.
@@ -46,7 +43,8 @@ class _Canvas:
     """A map of part numbers and, for each part, a row (class, material, object, plane, where the plane is, shade).
 
     Metres, with x to the right of the camera, y up from the ground and z ahead. Drawing part numbers instead of colours
-    gives image and label from one set of polygons. begin() says whose parts the shapes are that follow.
+    gives image and label from one set of polygons. begin() says whose parts the shapes are that follow; of an object's
+    own points, flat at its depth, x counts from its middle.
     """
 
     def __init__(self, focal, height, horizon, centre):
@@ -56,10 +54,7 @@ class _Canvas:
         self.table, self.objects = {}, 0  # row -> number of the part
 
     def begin(self, cls, z=0.0, x=0.0, scale=1, new=True):
-        """A new object, or a part of another class of the last one: at depth z, facing the camera, its middle at x.
-
-        Shapes at that depth count x from this middle, in units of scale: with -1 they are mirrored.
-        """
+        """A new object at depth z, or a part of another class of the last one; scale -1 mirrors its own points."""
         self.objects += new
         self.owner, self.z, self.x, self.scale = (cls, self.objects - 1), z, x, scale
 
@@ -72,7 +67,10 @@ class _Canvas:
         """(H, W): entry k of the row of each pixel's part."""
         return np.array(list(self.table))[:, k].astype(int)[np.asarray(self.picture)]
 
-    def point(self, x, y, z):
+    def point(self, x, y, z=None):
+        """Where the camera sees a point of the world or, without z, one of the object's own."""
+        if z is None:
+            x, z = self.x + self.scale * x, self.z
         k = self.focal / z
         return self.centre + x * k, self.horizon + (self.height - y) * k
 
@@ -83,9 +81,6 @@ class _Canvas:
         part = self.part(material, 1.0, GROUND, at, owner)
         self.polygon(part, [(x0, 0, z0), (x1, 0, z0), (x1, 0, z1), (x0, 0, z1)])
 
-    def shadow(self, half, z0, z1):
-        self.ground(SHADOW, self.x - half, self.x + half, z0, z1)
-
     def side(self, material, x, z0, z1, y0, y1, taper=0.0, shade=None):
         """A plane along the street; without a shade it is lit as if it faced the camera."""
         part = self.part(material) if shade is None else self.part(material, shade, SIDE, x)
@@ -95,12 +90,8 @@ class _Canvas:
         for z in axles:
             self.polygon(self.part(DARK), [(x, r + r * np.sin(a), z + r * np.cos(a)) for a in np.arange(0, 6.2, .79)])
 
-    def flat(self, x, y):
-        """A point of the object: all shapes below are made of these."""
-        return self.point(self.x + self.scale * x, y, self.z)
-
     def face(self, material, points, shade=1.0):
-        self.pen.polygon([self.flat(*p) for p in points], fill=self.part(material, shade))
+        self.polygon(self.part(material, shade), points)
 
     def front(self, material, half, y0, y1, taper=1.0, shade=1.0, x=0.0):
         top = half * taper
@@ -111,12 +102,12 @@ class _Canvas:
             self.front(material, half, y0, y1, x=x)
 
     def disc(self, material, x, y, rx, ry=None, shade=1.0):
-        (px, py), k = self.flat(x, y), self.focal / self.z
+        (px, py), k = self.point(x, y), self.focal / self.z
         ax, ay = max(rx * k, 0.6), max((ry or rx) * k, 0.6)
         self.pen.ellipse((px - ax, py - ay, px + ax, py + ay), fill=self.part(material, shade))
 
     def rod(self, material, x0, y0, x1, y1, width, shade=1.0):
-        ends = self.flat(x0, y0), self.flat(x1, y1)
+        ends = self.point(x0, y0), self.point(x1, y1)
         self.pen.line(ends, fill=self.part(material, shade), width=max(1, round(width * self.focal / self.z)))
 
 
@@ -248,7 +239,7 @@ class Scene(_Canvas):
     def vehicle(self, cls, x, z, w, end, shadow, sides, wheels, tyres, faces, lamps):
         """Reaches from x - w to x + w and from z to end: the flank if it is seen, then tyres, faces and lamps."""
         self.begin(cls, z, x)
-        self.shadow(w + shadow[0], z - shadow[1], end)
+        self.ground(SHADOW, x - w - shadow[0], x + w + shadow[0], z - shadow[1], end)
         if abs(x) > w:
             flank = x - w * np.sign(x)
             for material, *shape in sides:
@@ -296,7 +287,7 @@ class Scene(_Canvas):
         """A car on the crossing street, seen from its side."""
         half, tall = self.rng.uniform(1.8, 2.2), self.rng.uniform(1.35, 1.6)
         self.begin(CAR, z, x, scale=self.rng.choice([-1, 1]) * half)
-        self.shadow(half, z - 0.2, z + 1.6)
+        self.ground(SHADOW, x - half, x + half, z - 0.2, z + 1.6)
         self.face(BODY, [(-1, .3), (1, .3), (1, .75), (.62, .86), (.3, tall), (-.5, tall), (-.85, .9), (-1, .85)], 0.9)
         for a, b, c, d in ((.5, -.06, -.06, .26), (-.72, -.14, -.14, -.47)):
             self.face(GLASS, [(a, .9), (b, .9), (c, tall - .1), (d, tall - .1)])
@@ -323,38 +314,36 @@ class Scene(_Canvas):
     def rider(self, x, z, parked=False):
         """A motorcycle or a bicycle, across the view or along it, with its rider or parked."""
         motor, turn, across = self.rng.random() < 0.5, self.rng.choice([-1, 1]), self.rng.random() < 0.7
-        turn = turn if across else 1
+        turn, wide = (turn, 0.9) if across else (1, 0.3)
         self.begin(MOTORCYCLE if motor else BICYCLE, z, x, turn)
-        self.shadow(0.9 if across else 0.3, z - 0.1, z + 0.6)
+        self.ground(SHADOW, x - wide, x + wide, z - 0.1, z + 0.6)
         if across:
             r, hub, inner = (.34, BODY, .35) if motor else (.38, SPOKES, .72)
             for wheel in (-0.58, 0.58):
                 self.disc(DARK, wheel, r, r)
                 self.disc(hub, wheel, r, r * inner)
+            if motor:
+                self.face(BODY, [(-.75, .8), (-.3, .3), (.3, .3), (.55, .95), (.2, .95), (-.1, .75)])
+                self.rod(DARK, .58, .4, .4, 1.1, .12)
+            for line in () if motor else ((-.58, .38, -.2, .85), (-.2, .85, .42, .8), (.42, .8, .58, .38),
+                                          (-.1, .38, .42, .8), (-.58, .38, -.1, .38), (.38, 1.02, .48, .8)):
+                self.rod(BODY, *line, .07)
+            legs = [(-.15, .95, .22, .62, .2), (.22, .62, .02, .28, .15)]
         else:
             tyre, trunk = (.1, .25) if motor else (.05, .07)
             self.front(DARK, tyre, 0, .75)
             self.front(BODY, trunk, .4, .9, .7)
             self.rod(BODY, -.35, 1.02, .35, 1.02, .07)
-        if across and motor:
-            self.face(BODY, [(-.75, .8), (-.3, .3), (.3, .3), (.55, .95), (.2, .95), (-.1, .75)])
-            self.rod(DARK, .58, .4, .4, 1.1, .12)
-        elif across:
-            for line in ((-.58, .38, -.2, .85), (-.2, .85, .42, .8), (.42, .8, .58, .38), (-.1, .38, .42, .8),
-                         (-.58, .38, -.1, .38), (.38, 1.02, .48, .8)):
-                self.rod(BODY, *line, .07)
+            legs = [(-.16, .95, -.208, .35, .16), (.16, .95, .208, .35, .16)]
         if motor:
             self.disc(LAMP, *((.58, .92, .11) if across else (0, .78, .12)))
         if parked:
             return
         self.begin(RIDER, z, x, turn, new=False)
+        for leg in legs:
+            self.rod(LEGS, *leg)
         if across:
-            self.rod(LEGS, -.15, .95, .22, .62, .2)
-            self.rod(LEGS, .22, .62, .02, .28, .15)
             self.rod(BODY, -.15, 1.35, .38, 1.05, .12, shade=.85)
-        else:
-            self.rod(LEGS, -.16, .95, -.208, .35, .16)
-            self.rod(LEGS, .16, .95, .208, .35, .16)
         self.person(x - .15 * turn if across else x, z, 0.15, RIDER)
 
     def tree(self, x, z):
@@ -399,14 +388,14 @@ class Scene(_Canvas):
         else:
             self.begin(SIGN, z, x, new=False)
             corners, r = (0, 3, 4, 2)[self.rng.integers(4)], self.rng.uniform(.38, .55)
-            turn = np.arange(corners) * 2 * np.pi / max(corners, 1)
             for face, size in ((BODY, r), (SYMBOL, .66 * r)):
                 if corners == 0:
                     self.disc(face, 0, tall, size)
                 elif corners == 2:
                     self.front(face, size * 1.3, tall - size * .8, tall + size * .8)
                 else:
-                    self.face(face, [(1.22 * size * np.sin(a), tall + 1.22 * size * np.cos(a)) for a in turn])
+                    turn, size = np.arange(corners) * 2 * np.pi / corners, size * 1.22
+                    self.face(face, [(size * np.sin(a), tall + size * np.cos(a)) for a in turn])
 
     def plank(self, cls, x, z0, z1, tall, outward):
         """A building, wall or fence: a plane along the street, and the end that faces the camera."""
@@ -686,32 +675,30 @@ def draw(domain, split, index, seed=0, harmful=0.0, look=None):
     harmful    share of the training scenes that are spoilt; a larger share spoils the same scenes and more
     look       paint the scene in another domain's look: same geometry, same label
     """
-    recipe, key = DOMAINS[domain], [DOMAINS[domain]["number"], SPLITS[split], index, seed]
-    scene = Scene(np.random.default_rng(key + [0]), {**STREET, **recipe["layout"]})
-    image = paint(np.random.default_rng(key + [1]), scene, DOMAINS[look or domain]["look"])
+    recipe = DOMAINS[domain]
+    geometry, painting, spoiling = (
+        np.random.default_rng([recipe["number"], SPLITS[split], index, seed, k]) for k in range(3))
+    scene = Scene(geometry, {**STREET, **recipe["layout"]})
+    image = paint(painting, scene, DOMAINS[look or domain]["look"])
     label = scene.column(0).astype(np.uint8)
-    rng = np.random.default_rng(key + [2])
-    if split == "train" and rng.random() < harmful:
-        return _spoil(rng, image, label)
+    if split == "train" and spoiling.random() < harmful:
+        return _spoil(spoiling, image, label)
     return image, label, np.zeros(label.shape, bool)
 
 
 def _spoil(rng, image, label):
-    """Make a quarter to almost half of a scene harmful, region by region.
-
-    Either unrelated texture under some class's label, or what is drawn under the labels of other classes.
-    """
+    """Harm a quarter to almost half of a scene by regions: unrelated texture under some class's label, or the labels of
+    other classes. `wrong` marks the pixels, for analysis only."""
     truth, label, wrong = label, label.copy(), np.zeros(label.shape, bool)
     y, x = np.mgrid[:HEIGHT, :WIDTH]
-    goal, order = rng.uniform(.2, .4), np.array(CLASSES)[rng.permutation(len(CLASSES))]
-    swap = np.full(256, VOID, np.uint8)
+    goal, order, swap = rng.uniform(.2, .4), rng.permutation(CLASSES), np.full(256, VOID)
     while wrong.mean() < goal:
         h, w = rng.uniform(.3, .6) * HEIGHT, rng.uniform(.2, .4) * WIDTH
         dy, dx = (y - rng.uniform(0, HEIGHT)) / h, (x - rng.uniform(0, WIDTH)) / w
         inside = dy ** 2 + dx ** 2 < .25 if rng.random() < .4 else np.maximum(np.abs(dy), np.abs(dx)) < .5
         if rng.random() < .5:
             alien = rng.uniform(30, 225, 3) + _bank()[rng.integers(8), :HEIGHT, :WIDTH, None] * rng.uniform(-45, 45, 3)
-            image[inside] = alien.clip(0, 255).astype(np.uint8)[inside]
+            image[inside] = alien[inside].clip(0, 255)
             label[inside] = rng.choice(CLASSES)
         else:  # a turn of a random order leaves no class in its place
             swap[order] = np.roll(order, rng.integers(1, len(order)))
@@ -729,10 +716,9 @@ def _demo(scenes=12):
 
     counts, score = np.zeros((4096, 256), int), {}
     np.add.at(counts, seen("toy-gta5", "train", 4 * scenes), 1)
-    votes = counts[:, :19].argmax(1)
     for domain in DOMAINS:
         colour, label = seen(domain, "val", scenes)
-        score[domain] = (votes[colour] == label)[label != VOID].mean()
+        score[domain] = (counts[:, :19].argmax(1)[colour] == label)[label != VOID].mean()
         print(f"{domain:15s} {score[domain]:.2f} of the pixels named by their colour in the source")
     gap = score["toy-gta5"] - np.mean([score[domain] for domain in DOMAINS if domain != "toy-gta5"])
     assert gap > .3, "the source's colours must not carry over: else there is no gap"
