@@ -86,10 +86,6 @@ class _Canvas:
         part = self.part(material) if shade is None else self.part(material, shade, SIDE, x)
         self.polygon(part, [(x, y0, z0), (x, y0, z1), (x, y1, z1 - taper), (x, y1, z0 + taper)])
 
-    def wheels(self, x, r, *axles):
-        for z in axles:
-            self.polygon(self.part(DARK), [(x, r + r * np.sin(a), z + r * np.cos(a)) for a in np.arange(0, 6.2, .79)])
-
     def face(self, material, points, shade=1.0):
         self.polygon(self.part(material, shade), points)
 
@@ -241,10 +237,13 @@ class Scene(_Canvas):
         self.begin(cls, z, x)
         self.ground(SHADOW, x - w - shadow[0], x + w + shadow[0], z - shadow[1], end)
         if abs(x) > w:
+            r, *axles = wheels
             flank = x - w * np.sign(x)
             for material, *shape in sides:
                 self.side(material, flank, *shape)
-            self.wheels(flank, *wheels)
+            for axle in axles:
+                wheel = [(flank, r + r * np.sin(a), axle + r * np.cos(a)) for a in np.arange(0, 6.2, .79)]
+                self.polygon(self.part(DARK), wheel)
         self.pair(DARK, *tyres)
         for face in faces:
             self.front(*face)
@@ -422,7 +421,7 @@ PLAIN = dict(
 
 @functools.lru_cache(None)
 def _bank():
-    """Eight textures of unit spread, twice as large as a scene, so that a scene can start at any corner of them."""
+    """Eight textures of unit spread, twice as large as a scene, which can start at any corner of them."""
     rng = np.random.default_rng(0)
     h, w = 2 * HEIGHT, 2 * WIDTH
     y, x = np.mgrid[:h, :w]
@@ -445,11 +444,11 @@ def paint(rng, scene, look):
     rows = np.array(list(scene.table), np.float32).T
     rows[0, rows[0] == VOID] = 19
     parts = dict(zip(("label", "material", "obj", "plane"), rows[:4].astype(int)), at=rows[4], shade=rows[5])
+    picture = np.asarray(scene.picture)
     colour, palette = _part_colours(rng, scene, look, **parts)
-    world = _world(scene, {name: row[np.asarray(scene.picture)] for name, row in parts.items()})
-    image = _structure(rng, scene, colour[np.asarray(scene.picture)], palette, world, look)
-    image = _weather(rng, image, scene, world, look)
-    return _lens(rng, image, look)
+    world = _world(scene, {name: row[picture] for name, row in parts.items()})
+    image = _structure(rng, scene, colour[picture], palette, world, look)
+    return _lens(rng, _weather(rng, image, scene, world, look), look)
 
 
 def _part_colours(rng, scene, look, label, material, obj, plane, at, shade):
@@ -500,12 +499,12 @@ def _structure(rng, scene, image, palette, world, look):
         return on, flat.u[on], flat.v[on], flat.depth[on]
 
     def blend(on, colour, share):
-        pixels[on] += (colour - pixels[on]) * np.asarray(share, np.float32)[:, None]
+        pixels[on] += (np.float32(colour) - pixels[on]) * np.float32(share)[:, None]
 
     on, u, v, z = body(ROAD)
     u = np.abs(u - flat.at[on])
     lane = (u < .11 + z * .004) & (v % 7 < 3.5) | (np.abs(u - scene.half + .35) < .07 + z * .003)
-    blend(on, np.array(look["mark"], np.float32), .85 * (lane & (flat.at[on] < 90) & (z < 45)))
+    blend(on, look["mark"], .85 * (lane & (flat.at[on] < 90) & (z < 45)))
     on, u, v, z = body(SIDEWALK)  # joints widen with depth to stay about a pixel
     joint = ((u % 1.3 < .1 + z * .004) | (v % 1.3 < .1 + z * .006)) * near[on] * look["joint"]
     pixels[on] += np.where(np.abs(u - flat.at[on]) < .22, 30, joint)[:, None]  # 30: the kerb stone
@@ -515,7 +514,7 @@ def _structure(rng, scene, image, palette, world, look):
     pane = (np.abs(u % 1 - .5) < rng.uniform(.2, .36, scene.objects)[who]) & (np.abs(v % 1 - .55) < .27) & (v > 0)
     chance = np.sin(np.floor(u) * 12.9898 + np.floor(v) * 78.233 + who * 37.7) * 43758.5 % 1  # one number per window
     lit = np.array((255, 214, 130), np.float32) / max(.25, look["light"])  # lit from inside: as bright at night
-    glass = np.where((chance < look["lit"])[:, None], lit, np.array(look["glass"], np.float32))
+    glass = np.where((chance < look["lit"])[:, None], lit, look["glass"])
     blend(on, glass, pane * look["window"] * np.clip(1.5 - z / 60, .35, 1))
     on, u, v, z = body(WALL)
     line = (v % .42 < .1) | ((u + .45 * (np.floor(v / .42) % 2)) % .9 < .1)
@@ -545,9 +544,9 @@ def _weather(rng, image, scene, world, look):
         share = (ground & (world.label == ROAD)) * look["wet"] * np.clip(.7 + .3 * tile[UPRIGHT], 0, 1)
         image += (mirror - image) * share[..., None]
     if look["snow"]:
-        lie = 1 + .35 * tile[BLOTCH] + .3 * tile[LEAF] * (world.label == VEGETATION)
-        lie = look["snow"] * SNOW[world.label] * lie
-        image += (np.float32((236, 240, 248)) - image) * np.clip(lie, 0, 1)[..., None]
+        drift = 1 + .35 * tile[BLOTCH] + .3 * tile[LEAF] * (world.label == VEGETATION)
+        cover = np.clip(look["snow"] * SNOW[world.label] * drift, 0, 1)
+        image += (np.float32((236, 240, 248)) - image) * cover[..., None]
     if look["haze"]:
         veil = 1 - np.exp(-world.depth * np.float32(look["haze"] * rng.uniform(.7, 1.4)))
         image += (np.float32((206, 208, 210)) - image) * veil[..., None]
@@ -583,6 +582,7 @@ def _lens(rng, image, look):
 
 def colours(text):
     """A palette {class: [colours]} from hex colours: classes in order (without train) parted by '/'."""
+    text = text.replace("cars", "282a2e d2d4d6 787c80 ececec 3c4c6e 5a6054")  # those that are sold most
     lists = [[tuple(bytes.fromhex(word)) for word in part.split()] for part in text.split("/")]
     return {TRAIN: [(0, 0, 0)], 19: [(20, 20, 22)], **dict(zip(CLASSES, lists, strict=True))}
 
@@ -591,7 +591,6 @@ STREET = dict(  # ranges of camera and street in metres, chances, weights of wha
     focal=(108, 124), height=(1.35, 1.6), horizon=(.42, .48), sway=.06, road=(3.6, 6), sidewalk=.9, verge=.4, cross=.4,
     building=3, tree=1.4, wall=.8, fence=.8, open=.4, storeys=(2, 5), lamp=2, light=1.6, sign=1.8, street_tree=1.4,
     person=4, parked=1.8, rider=1.3, car=1.5, truck=.6, bus=.55, hood=0)
-CARS = "282a2e d2d4d6 787c80 ececec 3c4c6e 5a6054"
 # What differs from STREET and PLAIN. Palettes in the order road / sidewalk / building / wall / fence / pole /
 # traffic light / traffic sign / vegetation / terrain / sky / person / rider / car / truck / bus / motorcycle / bicycle.
 DOMAINS = {
@@ -608,7 +607,7 @@ DOMAINS = {
         tree=1.2, open=.1), look=dict(
         palette=colours("868284/706064/7e685c 969696 707468 aa8c82 8c544c/888478 646864/465646 6e6e6a/606260 828482/"
                 "363a32/be3c38 3c5a96 c8be5a/404e38 505842/606048 705c4c/d6d8d6 c6ccd0/3c3c42 60504a 283246/50545a "
-                "783c38/" + CARS + "/bebeba 466496/c8c496 a03232/323236/46464c"),
+                "783c38/cars/bebeba 466496/c8c496 a03232/323236/46464c"),
         jitter=12, light=(.95, 1.1), contrast=(.72, .85), tint=(.97, 1.02, .97), gray=(.2, .4), shadow=(.2, .35),
         sun=(0, .04), blur=(.5, .9), noise=(3, 5), joint=(14, 22), leaf=(12, 18), cloud=(3, 6),
         texture={ROAD: (BLOTCH, 7), SIDEWALK: (WHITE, 7), BUILDING: (WHITE, 7), WALL: (BLOTCH, 10),
@@ -636,23 +635,22 @@ DOMAINS = {
     "toy-night": dict(number=5, layout=dict(person=3, parked=2.4, height=(1.3, 1.5), building=4, lamp=3.4,
         horizon=(.4, .5)), look=dict(
         palette=colours("68686e/888282/786e6e 96826e 5a606e 8c5a50/787474/5a5a60/6e6e74/282828/c8463c 5a82d2/3c5440/"
-                "5a5e46/282c42 42323c/6e5a5a 3c506e/827850 465a78/" + CARS
-                + "/b4b4be 5a3c3c/be3c3c bebea0/50505a/787878"),
+                "5a5e46/282c42 42323c/6e5a5a 3c506e/827850 465a78/cars/b4b4be 5a3c3c/be3c3c bebea0/50505a/787878"),
         jitter=14, light=(.34, .48), tint=(.92, .95, 1.15), contrast=(1.1, 1.3), lit=.4, glow=.3, noise=(5, 10),
         blur=(.3, .7), shadow=(.2, .4), sun=(0, .1), cloud=(2, 4), texture={ROAD: (LEVEL, 8), BUILDING: (BLOTCH, 8),
         SIDEWALK: (WHITE, 8), TERRAIN: (BLOTCH, 8)})),
     "toy-fog": dict(number=6, layout=dict(tree=2, open=.8, horizon=(.38, .46), height=(1.4, 1.9), truck=.9), look=dict(
         palette=colours("706e6a/8c8884/826e60 6e7478 967e6e 605450/6e6460/4c5050/464648/282c28/b4322e 3c508c/3c4836 "
-                "505038/626446/ced0d2/3c363c 64322e 2e3c50/5a643c 32323c/" + CARS
-                + "/aaaaa6 783c32/465a96 beb482/3c3232/505a64"),
+                "505038/626446/ced0d2/3c363c 64322e 2e3c50/5a643c 32323c/cars/aaaaa6 783c32/465a96 beb482/3c3232/"
+                "505a64"),
         jitter=12, haze=.045, light=(.85, 1), contrast=(.8, .95), gray=(.1, .3), blur=(.4, .9), noise=(2, 4),
         shadow=(.1, .2), sun=(0, .05), cloud=(1, 2), lit=.08, texture={ROAD: (BLOTCH, 6), BUILDING: (WHITE, 6),
         TERRAIN: (BLOTCH, 9)})),
     "toy-snow": dict(number=7, layout=dict(verge=.8, tree=2, open=1, storeys=(1, 3), person=3, rider=.9,
         height=(1.3, 1.8)), look=dict(
         palette=colours("82848a/96969c/963c32 be9646 6e5a46 78828c/786e6a/604c3c 787c82/544c46/323236/d6b43c 3c5aaa/"
-                "364a42/96928c/bec6d0 aab2c0/a03232 323c5a 285a50/3c78aa aa5a28/" + CARS
-                + "/3c6e46 c8c8cc/3c508c c83c3c/464650/3c466e"),
+                "364a42/96928c/bec6d0 aab2c0/a03232 323c5a 285a50/3c78aa aa5a28/cars/3c6e46 c8c8cc/3c508c c83c3c/"
+                "464650/3c466e"),
         jitter=12, snow=1, light=(.9, 1.05), tint=(.94, .98, 1.07), contrast=(.8, 1), gray=(0, .2), blur=(.2, .7),
         noise=(2, 5), shadow=(.1, .25), sun=(0, .08), cloud=(3, 6))),
     # A weather of its own in every scene: what wins on one look may win by luck, on forty less so.
