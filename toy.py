@@ -43,8 +43,8 @@ class _Canvas:
     """A map of part numbers and, for each part, a row (class, material, object, plane, where the plane is, shade).
 
     Metres, with x to the right of the camera, y up from the ground and z ahead. Drawing part numbers instead of colours
-    gives image and label from one set of polygons. begin() says whose parts the shapes are that follow; of an object's
-    own points, flat at its depth, x counts from its middle.
+    gives image and label from one set of polygons. begin() says whose parts the shapes are that follow, and where their
+    points are measured from; a shape without a depth of its own faces the camera.
     """
 
     def __init__(self, focal, height, horizon, centre):
@@ -54,7 +54,7 @@ class _Canvas:
         self.table, self.objects = {}, 0  # row -> number of the part
 
     def begin(self, cls, z=0.0, x=0.0, scale=1, new=True):
-        """A new object at depth z, or a part of another class of the last one; scale -1 mirrors its own points."""
+        """A new object at (x, 0, z), or a part of another class of the last one; scale -1 mirrors it."""
         self.objects += new
         self.owner, self.z, self.x, self.scale = (cls, self.objects - 1), z, x, scale
 
@@ -67,12 +67,9 @@ class _Canvas:
         """(H, W): entry k of the row of each pixel's part."""
         return np.array(list(self.table))[:, k].astype(int)[np.asarray(self.picture)]
 
-    def point(self, x, y, z=None):
-        """Where the camera sees a point of the world or, without z, one of the object's own."""
-        if z is None:
-            x, z = self.x + self.scale * x, self.z
-        k = self.focal / z
-        return self.centre + x * k, self.horizon + (self.height - y) * k
+    def point(self, x, y, z=0.0):
+        k = self.focal / (self.z + z)
+        return self.centre + (self.x + self.scale * x) * k, self.horizon + (self.height - y) * k
 
     def polygon(self, part, points):
         self.pen.polygon([self.point(*p) for p in points], fill=part)
@@ -83,7 +80,7 @@ class _Canvas:
 
     def side(self, material, x, z0, z1, y0, y1, taper=0.0, shade=None):
         """A plane along the street; without a shade it is lit as if it faced the camera."""
-        part = self.part(material) if shade is None else self.part(material, shade, SIDE, x)
+        part = self.part(material) if shade is None else self.part(material, shade, SIDE, self.x + x)
         self.polygon(part, [(x, y0, z0), (x, y0, z1), (x, y1, z1 - taper), (x, y1, z0 + taper)])
 
     def face(self, material, points, shade=1.0):
@@ -232,13 +229,12 @@ class Scene(_Canvas):
         for x in rng.uniform(-12, 12, rng.poisson(.8) if self.cross else 0):
             yield self.cross + 2, self.car_across, (x, self.cross + 2)
 
-    def vehicle(self, cls, x, z, w, end, shadow, sides, wheels, tyres, faces, lamps):
-        """Reaches from x - w to x + w and from z to end: the flank if it is seen, then tyres, faces and lamps."""
+    def vehicle(self, cls, x, z, w, long, shadow, sides, wheels, tyres, faces, lamps):
+        """Of half the width w: the flank if it is seen, then tyres, faces and lamps of the end that faces the camera."""
         self.begin(cls, z, x)
-        self.ground(SHADOW, x - w - shadow[0], x + w + shadow[0], z - shadow[1], end)
+        self.ground(SHADOW, -w - shadow[0], w + shadow[0], -shadow[1], long)
         if abs(x) > w:
-            r, *axles = wheels
-            flank = x - w * np.sign(x)
+            (r, *axles), flank = wheels, -w * np.sign(x)
             for material, *shape in sides:
                 self.side(material, flank, *shape)
             for axle in axles:
@@ -250,43 +246,43 @@ class Scene(_Canvas):
         self.pair(LAMP, *lamps)
 
     def car(self, x, z):
-        w, end, tall = self.rng.uniform(0.82, 0.98), z + self.rng.uniform(3.6, 4.6), self.rng.uniform(1.35, 1.75)
+        w, long, tall = self.rng.uniform(0.82, 0.98), self.rng.uniform(3.6, 4.6), self.rng.uniform(1.35, 1.75)
         belt = 0.58 * tall
-        sides = [(BODY, z, end, .28, belt, 0, .72), (BODY, z + .3, end - .9, belt, tall, .45, .66),
-                 (GLASS, z + .6, end - 1.2, belt + .05, tall - .12, .35)]
+        sides = [(BODY, 0, long, .28, belt, 0, .72), (BODY, .3, long - .9, belt, tall, .45, .66),
+                 (GLASS, .6, long - 1.2, belt + .05, tall - .12, .35)]
         faces = [(BODY, w, .25, belt), (BODY, w, belt, tall, .74, 1.08), (GLASS, .84 * w, belt + .02, tall - .13, .82)]
-        self.vehicle(CAR, x, z, w, end, (.15, .2), sides, wheels=(.34, z + .75, end - .8), tyres=(w - .16, .14, 0, .4),
+        self.vehicle(CAR, x, z, w, long, (.15, .2), sides, wheels=(.34, .75, long - .8), tyres=(w - .16, .14, 0, .4),
                      faces=faces, lamps=(.8 * w, .17, .58, .76))
         self.front(ACCENT, .28, .36, .5)
 
     def truck(self, x, z):
         """Told from a bus by its closed box on a dark frame, and by its cab."""
-        w, end, tall = 1.2, z + self.rng.uniform(6, 9), self.rng.uniform(2.9, 3.7)
-        sides = [(ACCENT, end - 1.8, end, .5, 2.5, 0, .7), (GLASS, end - 1.5, end - .4, 1.5, 2.3, 0, 1.0),
-                 (BODY, z, end - 2, .95, tall, 0, .74), (DARK, z + .2, end - 2, .6, .95)]
+        w, long, tall = 1.2, self.rng.uniform(6, 9), self.rng.uniform(2.9, 3.7)
+        sides = [(ACCENT, long - 1.8, long, .5, 2.5, 0, .7), (GLASS, long - 1.5, long - .4, 1.5, 2.3, 0, 1.0),
+                 (BODY, 0, long - 2, .95, tall, 0, .74), (DARK, .2, long - 2, .6, .95)]
         if self.rng.random() < 0.55:  # from behind: a closed box with two doors and their seams
             faces = [(DARK, w, .55, .8), (BODY, w, .9, tall), (BODY, .05, .95, tall, 1, .5),
                      (BODY, w, tall - .12, tall, 1, .5), (BODY, w, .9, 1.02, 1, .5)]
         else:  # from ahead: the cab before the box
-            faces = [(BODY, w, .9, tall, 1, .9), (ACCENT, 1.1, .45, 2.6), (GLASS, .95, 1.55, 2.35),
-                     (DARK, .6, .75, 1.25)]
-        self.vehicle(TRUCK, x, z, w, end, (.2, .3), sides, wheels=(.48, z + 1, z + 2.1, end - 1),
-                     tyres=(.85, .25, 0, .95), faces=faces, lamps=(.92, .17, .62, .85))
+            faces = [(BODY, w, .9, tall, 1, .9), (ACCENT, 1.1, .45, 2.6), (GLASS, .95, 1.55, 2.35), (DARK, .6, .75, 1.25)]
+        self.vehicle(TRUCK, x, z, w, long, (.2, .3), sides, wheels=(.48, 1, 2.1, long - 1), tyres=(.85, .25, 0, .95),
+                     faces=faces, lamps=(.92, .17, .62, .85))
 
     def bus(self, x, z):
         """Told from a truck by its windows: a row along the flank, a wide screen in front."""
         long, tall = self.rng.uniform(8, 12), self.rng.uniform(2.9, 3.3)
-        windows = [(GLASS, z + .3 + k * long / 6, z + (k + .86) * long / 6, 1.35, 2.5) for k in range(6)]
+        windows = [(GLASS, .3 + k * long / 6, (k + .86) * long / 6, 1.35, 2.5) for k in range(6)]
         faces = [(BODY, 1.25, .3, tall, 1, .94), (GLASS, 1.1, 1.15, 2.4, .97), (ACCENT, .75, 2.55, 2.85),
                  (BODY, .04, 1.15, 2.4, 1, .8)]
-        self.vehicle(BUS, x, z, 1.25, z + long, (.2, .3), [(BODY, z, z + long, .3, tall, 0, .74), *windows],
-                     wheels=(.45, z + 1.6, z + long - 2), tyres=(.9, .2, 0, .5), faces=faces, lamps=(.95, .2, .6, .85))
+        self.vehicle(BUS, x, z, 1.25, long, (.2, .3), [(BODY, 0, long, .3, tall, 0, .74), *windows],
+                     wheels=(.45, 1.6, long - 2), tyres=(.9, .2, 0, .5), faces=faces, lamps=(.95, .2, .6, .85))
 
     def car_across(self, x, z):
         """A car on the crossing street, seen from its side."""
         half, tall = self.rng.uniform(1.8, 2.2), self.rng.uniform(1.35, 1.6)
-        self.begin(CAR, z, x, scale=self.rng.choice([-1, 1]) * half)
-        self.ground(SHADOW, x - half, x + half, z - 0.2, z + 1.6)
+        self.begin(CAR, z, x)
+        self.ground(SHADOW, -half, half, -0.2, 1.6)
+        self.scale = self.rng.choice([-1, 1]) * half
         self.face(BODY, [(-1, .3), (1, .3), (1, .75), (.62, .86), (.3, tall), (-.5, tall), (-.85, .9), (-1, .85)], 0.9)
         for a, b, c, d in ((.5, -.06, -.06, .26), (-.72, -.14, -.14, -.47)):
             self.face(GLASS, [(a, .9), (b, .9), (c, tall - .1), (d, tall - .1)])
@@ -314,8 +310,9 @@ class Scene(_Canvas):
         """A motorcycle or a bicycle, across the view or along it, with its rider or parked."""
         motor, turn, across = self.rng.random() < 0.5, self.rng.choice([-1, 1]), self.rng.random() < 0.7
         turn, wide = (turn, 0.9) if across else (1, 0.3)
-        self.begin(MOTORCYCLE if motor else BICYCLE, z, x, turn)
-        self.ground(SHADOW, x - wide, x + wide, z - 0.1, z + 0.6)
+        self.begin(MOTORCYCLE if motor else BICYCLE, z, x)
+        self.ground(SHADOW, -wide, wide, -0.1, 0.6)
+        self.scale = turn
         if across:
             r, hub, inner = (.34, BODY, .35) if motor else (.38, SPOKES, .72)
             for wheel in (-0.58, 0.58):
@@ -398,11 +395,11 @@ class Scene(_Canvas):
 
     def plank(self, cls, x, z0, z1, tall, outward):
         """A building, wall or fence: a plane along the street, and the end that faces the camera."""
+        self.begin(cls, z0, x, outward)
+        self.side(BODY, 0, 0, z1 - z0, 0, tall, shade=0.86)
         half = 6 if cls == BUILDING else .25
-        self.begin(cls, z0, x + outward * half)
-        self.side(BODY, x, z0, z1, 0, tall, shade=0.86)
         if cls != FENCE:
-            self.front(BODY, half, 0, tall)
+            self.front(BODY, half, 0, tall, x=half)
 
 
 # ------------------------------------------------------------------------------------------------------- appearance
