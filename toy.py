@@ -39,19 +39,41 @@ GROUND, SIDE, FRONT = range(3)  # the plane of a part: y = 0, x = at, z = at
 # ------------------------------------------------------------------------------------------------------- geometry
 
 
-class _Canvas:
-    """A map of part numbers and, for each part, a row (class, material, object, plane, where the plane is, shade).
+class Scene:
+    """A street in metres, with x to the right of the camera, y up from the ground and z ahead.
 
-    Metres, with x to the right of the camera, y up from the ground and z ahead. Drawing part numbers instead of colours
-    gives image and label from one set of polygons. begin() says whose parts the shapes are that follow, and where their
+    It is a map of part numbers and, for each part, a row (class, material, object, plane, where the plane is, shade):
+    one set of polygons gives image and label. begin() says whose parts the shapes are that follow, and where their
     points are measured from; a shape without a depth of its own faces the camera.
     """
 
-    def __init__(self, focal, height, horizon, centre):
-        self.focal, self.height, self.horizon, self.centre = focal, height, horizon, centre
+    def __init__(self, rng, layout):
+        self.rng, self.layout = rng, layout
+        self.focal, self.height = rng.uniform(*layout["focal"]), rng.uniform(*layout["height"])
+        self.horizon = rng.uniform(*layout["horizon"]) * HEIGHT
+        self.centre = WIDTH * (0.5 + rng.uniform(-1, 1) * layout["sway"])
         self.picture = Image.new("I", (WIDTH, HEIGHT))
         self.pen = ImageDraw.Draw(self.picture)
         self.table, self.objects = {}, 0  # row -> number of the part
+        self.half = rng.uniform(*layout["road"])
+        self.middle = -self.half * rng.uniform(0.1, 0.6)  # of the road: the camera drives on the right
+        self.far = rng.uniform(45, 80)
+        self.cross = rng.uniform(9, 35) if rng.random() < layout["cross"] else None
+        self.backdrop()
+        items = []  # (depth, method, arguments)
+        for s, kerb, edge, walk in self.pavement():
+            items += [*self.roadside(s, edge), *self.kerbside(s, kerb, walk)]
+        room, taken = {self.car: 5, self.rider: 5, self.truck: 11, self.bus: 11}, []
+        for z, maker, args in sorted([*items, *self.traffic()], key=lambda item: -item[0]):
+            if maker in room:  # vehicles do not stand inside each other
+                if any(abs(args[0] - x) < 1.9 and abs(z - behind) < gap for x, behind, gap in taken):
+                    continue
+                taken.append((args[0], z, room[maker]))
+            maker(*args)
+        if rng.random() < layout["hood"]:  # the bonnet of the camera's own car
+            rise = rng.uniform(.05, .12) * HEIGHT
+            self.begin(VOID, 2.0)
+            self.pen.ellipse((-.2 * WIDTH, HEIGHT - rise, 1.2 * WIDTH, HEIGHT + 4 * rise), fill=self.part(DARK))
 
     def begin(self, cls, z=0.0, x=0.0, scale=1, new=True):
         """A new object at (x, 0, z), or a part of another class of the last one; scale -1 mirrors it."""
@@ -71,20 +93,16 @@ class _Canvas:
         k = self.focal / (self.z + z)
         return self.centre + (self.x + self.scale * x) * k, self.horizon + (self.height - y) * k
 
-    def polygon(self, part, points):
-        self.pen.polygon([self.point(*p) for p in points], fill=part)
+    def face(self, material, points, *rest):
+        self.pen.polygon([self.point(*p) for p in points], fill=self.part(material, *rest))
 
     def ground(self, material, x0, x1, z0, z1, at=0.0, owner=None):
-        part = self.part(material, 1.0, GROUND, at, owner)
-        self.polygon(part, [(x0, 0, z0), (x1, 0, z0), (x1, 0, z1), (x0, 0, z1)])
+        self.face(material, [(x0, 0, z0), (x1, 0, z0), (x1, 0, z1), (x0, 0, z1)], 1.0, GROUND, at, owner)
 
     def side(self, material, x, z0, z1, y0, y1, taper=0.0, shade=None):
         """A plane along the street; without a shade it is lit as if it faced the camera."""
-        part = self.part(material) if shade is None else self.part(material, shade, SIDE, self.x + x)
-        self.polygon(part, [(x, y0, z0), (x, y0, z1), (x, y1, z1 - taper), (x, y1, z0 + taper)])
-
-    def face(self, material, points, shade=1.0):
-        self.polygon(self.part(material, shade), points)
+        light = () if shade is None else (shade, SIDE, self.x + x)
+        self.face(material, [(x, y0, z0), (x, y0, z1), (x, y1, z1 - taper), (x, y1, z0 + taper)], *light)
 
     def front(self, material, half, y0, y1, taper=1.0, shade=1.0, x=0.0):
         top = half * taper
@@ -102,35 +120,6 @@ class _Canvas:
     def rod(self, material, x0, y0, x1, y1, width, shade=1.0):
         ends = self.point(x0, y0), self.point(x1, y1)
         self.pen.line(ends, fill=self.part(material, shade), width=max(1, round(width * self.focal / self.z)))
-
-
-class Scene(_Canvas):
-    """One street: ground and skyline, then everything that stands on it, far to near."""
-
-    def __init__(self, rng, layout):
-        super().__init__(rng.uniform(*layout["focal"]), rng.uniform(*layout["height"]),
-                         rng.uniform(*layout["horizon"]) * HEIGHT, WIDTH * (0.5 + rng.uniform(-1, 1) * layout["sway"]))
-        self.rng, self.layout = rng, layout
-        self.half = rng.uniform(*layout["road"])
-        self.middle = -self.half * rng.uniform(0.1, 0.6)  # of the road: the camera drives on the right
-        self.far = rng.uniform(45, 80)
-        self.cross = rng.uniform(9, 35) if rng.random() < layout["cross"] else None
-        self.backdrop()
-        items = []  # (depth, method, arguments)
-        for s, kerb, edge, walk in self.pavement():
-            items += [*self.roadside(s, edge), *self.kerbside(s, kerb, walk)]
-        taken = []
-        for z, maker, args in sorted([*items, *self.traffic()], key=lambda item: -item[0]):
-            if maker in (self.car, self.truck, self.bus, self.rider):  # vehicles do not stand inside each other
-                x = args[0]
-                if any(abs(x - a) < 1.9 and abs(z - b) < gap for a, b, gap in taken):
-                    continue
-                taken.append((x, z, 5 if maker in (self.car, self.rider) else 11))
-            maker(*args)
-        if rng.random() < layout["hood"]:  # the bonnet of the camera's own car
-            rise = rng.uniform(.05, .12) * HEIGHT
-            self.begin(VOID, 2.0)
-            self.pen.ellipse((-.2 * WIDTH, HEIGHT - rise, 1.2 * WIDTH, HEIGHT + 4 * rise), fill=self.part(DARK))
 
     def backdrop(self):
         """Sky, terrain, and a skyline that closes the street."""
@@ -238,8 +227,7 @@ class Scene(_Canvas):
             for material, *shape in sides:
                 self.side(material, flank, *shape)
             for axle in axles:
-                wheel = [(flank, r + r * np.sin(a), axle + r * np.cos(a)) for a in np.arange(0, 6.2, .79)]
-                self.polygon(self.part(DARK), wheel)
+                self.face(DARK, [(flank, r + r * np.sin(a), axle + r * np.cos(a)) for a in np.arange(0, 6.2, .79)])
         self.pair(DARK, *tyres)
         for face in faces:
             self.front(*face)
