@@ -102,11 +102,6 @@ def bench_count():
     times = interleaved({"ours": lambda: evaluate.confusion_matrix(pred, label, 19), "masked": masked}, 11)
     print(f"confusion matrix of 2 megapixels: {1000 * times['ours']:.1f} ms; masked torch.bincount takes "
           f"{times['masked'] / times['ours']:.1f} times as long")
-    score = torch.randn(19, 1024, 2048)
-    assert torch.equal(evaluate.fast_argmax(score).long(), score.argmax(0))
-    times = interleaved({"ours": lambda: evaluate.fast_argmax(score), "argmax": lambda: score.argmax(0)}, 5)
-    print(f"classes from 19 x 2 megapixel scores: {1000 * times['ours']:.0f} ms; argmax takes "
-          f"{times['argmax'] / times['ours']:.1f} times as long")
 
 
 def gta5_sized(folder, pairs):

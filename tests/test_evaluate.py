@@ -22,7 +22,7 @@ import checkpoint
 import data
 import evaluate
 from data import UserError
-from evaluate import auroc, confusion_matrix, fast_argmax, iou, mean_iou, predict
+from evaluate import auroc, confusion_matrix, most_likely, iou, mean_iou, predict
 
 torch.set_num_threads(1)
 
@@ -135,14 +135,14 @@ def picture(height=50, width=70):
 @pytest.mark.parametrize("shape", [(1, 4, 5), (19, 7, 9), (255, 6, 6)])
 def test_the_fast_maximum_is_argmax_and_the_first_of_equals_but_of_no_number_an_error(shape):
     score = torch.randint(0, 5, shape, generator=torch.Generator().manual_seed(0)).float()
-    pred = fast_argmax(score)
+    pred = most_likely(score)
     assert pred.dtype == torch.uint8 and (pred.numpy() == score.numpy().argmax(0)).all()
     for bad in (math.nan, math.inf):
         for k in {0, shape[0] // 2, shape[0] - 1}:
             broken = score.clone()
             broken[k, 2, 2] = bad
             with pytest.raises(UserError, match="not finite"):
-                fast_argmax(broken)
+                most_likely(broken)
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -163,7 +163,7 @@ def test_every_pixel_gets_the_mean_of_the_probabilities_of_the_windows_that_see_
             views = [by_window(window)] + ([by_window(window.flip(3)).flip(3)] if flip else [])
             total[:, top:top + height, left:left + width] += sum(view[0].double().exp().numpy() for view in views)
             seen[top:top + height, left:left + width] += len(views)
-    monkeypatch.setattr(evaluate, "fast_argmax", lambda prob: caught.append(prob) or fast_argmax(prob))
+    monkeypatch.setattr(evaluate, "most_likely", lambda prob: caught.append(prob) or most_likely(prob))
     pred = predict(by_window, image, (50, 70), slide=slide, slide_stride=stride, flip=flip)
     assert np.abs(caught[0].numpy() - total / seen).max() < 1e-5
     assert pred.dtype == np.uint8 and (pred == caught[0].numpy().argmax(0)).all()
