@@ -116,7 +116,8 @@ def test_the_last_network_is_scored_and_once_more_when_a_finished_run_is_resumed
 def stopped(out, at, *flags, steps=8):
     """A run whose process dies in the middle of step `at` + 1."""
     rates = [train.learning_rate(step, steps) for step in range(at)]
-    with mock.patch.object(train, "learning_rate", side_effect=[*rates, RuntimeError("killed")]), pytest.raises(RuntimeError, match="killed"):
+    killed = mock.patch.object(train, "learning_rate", side_effect=[*rates, RuntimeError("killed")])
+    with killed, pytest.raises(RuntimeError, match="killed"):
         main(*flags, "--steps", steps, "--out", out)
     return out
 
