@@ -219,7 +219,7 @@ class Scene:
             yield self.cross + 2, self.car_across, (x, self.cross + 2)
 
     def vehicle(self, cls, x, z, w, long, shadow, sides, wheels, tyres, faces, lamps):
-        """Of half the width w: the flank if it is seen, then tyres, faces and lamps of the end that faces the camera."""
+        """Of half the width w: the flank if it is seen, then tyres, faces and lamps of the end near the camera."""
         self.begin(cls, z, x)
         self.ground(SHADOW, -w - shadow[0], w + shadow[0], -shadow[1], long)
         if abs(x) > w:
@@ -252,7 +252,8 @@ class Scene:
             faces = [(DARK, w, .55, .8), (BODY, w, .9, tall), (BODY, .05, .95, tall, 1, .5),
                      (BODY, w, tall - .12, tall, 1, .5), (BODY, w, .9, 1.02, 1, .5)]
         else:  # from ahead: the cab before the box
-            faces = [(BODY, w, .9, tall, 1, .9), (ACCENT, 1.1, .45, 2.6), (GLASS, .95, 1.55, 2.35), (DARK, .6, .75, 1.25)]
+            faces = [(BODY, w, .9, tall, 1, .9), (ACCENT, 1.1, .45, 2.6), (GLASS, .95, 1.55, 2.35),
+                     (DARK, .6, .75, 1.25)]
         self.vehicle(TRUCK, x, z, w, long, (.2, .3), sides, wheels=(.48, 1, 2.1, long - 1), tyres=(.85, .25, 0, .95),
                      faces=faces, lamps=(.92, .17, .62, .85))
 
