@@ -22,7 +22,6 @@ Run `python data.py` for a demonstration in seconds; `python data.py --check gta
 import argparse
 import contextlib
 import functools
-import glob
 import math
 import os
 import re
@@ -233,12 +232,17 @@ def _pairs(name, root, split):
 def _walk(folder, pattern, ends=("png",)):
     """(key, path) of the files that match, key = what stands for the `*`s. Each folder is listed once and no file is
     asked for anything: over a network 50,000 questions take minutes."""
+    def refuse(error):  # a folder that is silently skipped would make another data set of this one
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise UserError(f"{error.filename} cannot be listed ({error.strerror}): see to its permissions or its disk.")
+
     stem = os.path.splitext(pattern)[0]
-    name = re.escape(stem).replace(r"\*", "([^/]*)").replace(r"\?", "[^/]*")
+    name = re.escape(stem).replace(r"\*", r"([^/.][^/]*)").replace(r"\?", "[^/]*")  # not ._00001.png, which a Mac leaves behind
     match = re.compile(rf"{name}\.(?:{'|'.join(ends)})").fullmatch
-    for path in glob.iglob(stem.replace("?", "*") + ".*", root_dir=folder):  # leaves out ._00001.png, which a Mac leaves behind
-        if hit := match(path.replace(os.sep, "/")):
-            yield hit.groups(), os.path.join(folder, path)
+    for place, _, files in os.walk(os.path.join(folder, os.path.dirname(stem.split("*")[0])), onerror=refuse, followlinks=True):
+        for path in (os.path.join(place, file) for file in files):
+            if hit := match(os.path.relpath(path, folder).replace(os.sep, "/")):
+                yield hit.groups(), path
 
 
 def _fill(folder, pattern, key=()):
@@ -266,11 +270,6 @@ def evenly(items, number):
 
 
 # ------------------------------------------------------------------------------------------- files: from disk to arrays
-
-
-def load_label(item, mapillary="A"):
-    """(H, W) uint8 train ids."""
-    return _train_ids(item, np.asarray(_open_label(item)), mapillary)
 
 
 def load_pair(item, mapillary="A"):
