@@ -95,16 +95,19 @@ def describe(config):
     """What somebody needs to trust or repeat a number: command, flags, versions, commit."""
     import hashlib
     from importlib import metadata
+
     import torch
 
     from model import TOY_CLIP
+
     def git(*words):
         with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git here, or no repository
             return subprocess.check_output(["git", *words], cwd=Path(__file__).resolve().parent, text=True,
                                            stderr=subprocess.DEVNULL).strip()
 
-    clip_file = Path(TOY_CLIP if config.clip == "toy" else config.clip)
-    digest = hashlib.sha256(clip_file.read_bytes()).hexdigest() if clip_file.is_file() else None  # by name: clip.load checks it
+    digest = None  # of a CLIP by name, clip.load has checked the hash
+    with contextlib.suppress(FileNotFoundError), open(TOY_CLIP if config.clip == "toy" else config.clip, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     changes = git("status", "--porcelain", "-uno")
     versions = {name: metadata.version(name) for name in ("torch", "torchvision", "numpy", "pillow", "clip-anytorch")}
     return dict(command=" ".join(["python", *sys.argv]), config=vars(config), clip_sha256=digest,
@@ -135,8 +138,8 @@ def read(folder):
     The check sums in the file are compared first, which torch.load does not: a flipped bit is a wrong weight.
     """
     import zipfile
-    import torch
 
+    import torch
     file = Path(folder) / "last.pt"
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: there is no such run folder; give the one that train.py wrote (--out).")
@@ -308,6 +311,7 @@ def one_sentence(folder):
 def _demo():
     """A crash in the middle of a write leaves the old file as it was."""
     import tempfile
+
     def crash(file):
         file.write(b'{"step"')
         raise OSError("no space left on device")
