@@ -54,6 +54,8 @@ def test_domain_split_index_and_seed_each_give_another_scene(scenes):
 
 @pytest.mark.parametrize("name", toy.DOMAINS)
 def test_scenes_have_the_promised_form_and_every_drawn_class(scenes, name):
+    layout, look = toy.DOMAINS[name]["layout"], toy.DOMAINS[name]["look"]
+    assert set(layout) <= set(toy.STREET) and set(look) <= {*toy.PLAIN, "palette"}  # a mistyped key would change nothing
     images, labels = map(np.stack, zip(*scenes[name]))
     assert images.shape == (*labels.shape, 3) == (30, toy.HEIGHT, toy.WIDTH, 3)
     assert images.dtype == labels.dtype == np.uint8
