@@ -59,8 +59,6 @@ from align import cosine_similarity_map
 from data import VOID, UserError
 from model import pad
 
-LAST = "last"  # the checkpoint that counts: never the best on a target, for that would be training on it
-
 
 # ------------------------------------------------------------------------------------------------------ counting
 
@@ -70,7 +68,7 @@ def confusion_matrix(pred, label, num_classes):
 
     One count over the 16-bit index 256 * label + pred. 16 bits, because K * label + pred overflows uint8 without a
     word; all 256 x 256 cells, because then void needs no mask (it is row 255) and an id that is no class shows up in
-    a row or column where nothing may be. About 10 times as fast as torch.bincount behind a mask.
+    a row or column where nothing may be.
     """
     pred, label = _ids(pred), _ids(label)
     if pred.shape != label.shape:
@@ -81,16 +79,18 @@ def confusion_matrix(pred, label, num_classes):
         raise UserError(f"prediction {num_classes + stray.argmax()} is none of the classes 0..{num_classes - 1}.")
     if (stray := count[num_classes:VOID].any(1)).any():
         raise UserError(f"label {num_classes + stray.argmax()} is none of the classes 0..{num_classes - 1} nor "
-                              f"void ({VOID}): were raw ids passed in place of train ids?")
+                        f"void ({VOID}): were raw ids passed in place of train ids?")
     return torch.from_numpy(count[:num_classes, :num_classes].astype(np.int64))
 
 
 def _ids(array):
     """Integers of any type as uint8, so that a -1 or 256 is an error and does not wrap round to a class."""
-    array = np.asarray(array)
-    if array.dtype.kind not in "iu" or array.size and not 0 <= array.min() <= array.max() <= 255:
-        raise UserError(f"class ids are integers in 0..255, and not {array.dtype} from {array.min()} to {array.max()}.")
-    return array.astype(np.uint8)
+    array = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
+    if array.dtype.kind not in "iu":
+        raise UserError(f"class ids are integers, not {array.dtype}.")
+    if array.dtype != np.uint8 and array.size and not 0 <= array.min() <= array.max() <= 255:
+        raise UserError(f"class ids lie in 0..255, not in {array.min()}..{array.max()}.")
+    return array.astype(np.uint8, copy=False)
 
 
 def iou(conf):
@@ -180,15 +180,10 @@ def predict(score, image, size, scale=1.0, slide=0, slide_stride=0, flip=False):
         prob /= seen
     if tuple(prob.shape[2:]) != tuple(size):
         prob = F.interpolate(prob, size=tuple(size), mode="bilinear", align_corners=False)
-    return most_likely(prob[0]).cpu().numpy()
-
-
-def most_likely(score):
-    """The class with the largest score: (K, H, W) -> uint8 (H, W)."""
-    best, pred = score.max(dim=0)
+    best, pred = prob[0].max(dim=0)
     if not best.sum().isfinite():  # max hands on a nan
         raise UserError("the network's scores are not finite: this checkpoint is broken, not a bad segmenter.")
-    return pred.byte()
+    return pred.byte().cpu().numpy()
 
 
 def _windows(size, window, stride):
@@ -250,7 +245,8 @@ def write_results(run, confs, protocol=PROTOCOL, images=None):
     """
     config = run.config
     taken = dict(evaluation_size=evaluation_size(protocol), mapillary=config.mapillary,
-                 checkpoint=LAST if run.step == config.steps else f"unfinished, step {run.step} of {config.steps}")
+                 # never the best on a target, for that would be training on it
+                 checkpoint="last" if run.step == config.steps else f"unfinished, step {run.step} of {config.steps}")
     targets = {}
     for name, conf in confs.items():
         score = [None if math.isnan(c) else 100 * c for c in (*iou(conf).tolist(), mean_iou(conf))]

@@ -28,6 +28,7 @@ import checkpoint
 
 
 def parse(arguments):
+    """The command line."""
     p = checkpoint.run_flags("Draw the figures of a finished run into its folder.")
     p.add_argument("--compare", metavar="RUN", help="a second run, e.g. the baseline: its predictions are drawn beside")
     p.add_argument("--images", nargs="+", metavar="FILE", help="segment your own pictures instead, overlays into RUN")
@@ -91,7 +92,6 @@ def figure_predictions(path, rows, title="", inches=3.2):
         if array.dtype.kind == "f":
             fig.colorbar(column[-1].images[0], ax=column, location="bottom", fraction=0.03, aspect=30)
     fig.suptitle(title, fontsize=11)
-    fig.get_layout_engine().set(h_pad=0.06)
     return _finish(fig, path)
 
 
@@ -135,9 +135,9 @@ def figure_embedding(path, stages):
                        linewidths=0.8, label="text prototype (OTP)")
             ax.set_title(f"{stage}: {group}", fontsize=10)
             ax.set_xlabel(f"first direction ({share[0]:.0f} % of the variance)", fontsize=8)
-            ax.tick_params(labelsize=7)
         line[0].set_ylabel(f"second direction ({share[1]:.0f} %)", fontsize=8)
-    axes[-1, -1].legend(fontsize=8, loc="best")
+    for mark in axes[-1, -1].legend(fontsize=8, loc="best").legend_handles:
+        mark.set_facecolor("0.6")  # of no class
     return _finish(fig, path, present)
 
 
