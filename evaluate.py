@@ -114,7 +114,8 @@ def make_scorer(module, config):
     @torch.no_grad()
     def score(image):
         padded = pad(image, module.net.encoder.multiple)
-        logits = ppar.prediction(module.net(padded), module.otp, config, padded.shape[2:])
+        logits = ppar.prediction(module.net(padded), module.otp, config)
+        logits = F.interpolate(logits, size=padded.shape[2:], mode="bilinear", align_corners=False)
         return logits[..., :image.shape[2], :image.shape[3]].log_softmax(1)
 
     return score

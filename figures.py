@@ -216,7 +216,7 @@ def _trust(run, image, label):
     """Eq. 5 and Eq. 6 with the ramp at 1 for one picture: omega, weight (H, W)."""
     out, padded, _ = ppar.look(run.ppar, image, label)
     config = SimpleNamespace(**{**vars(run.config), "reweight": True})
-    omega = reweight.reliability(ppar.prediction(out, run.ppar.otp, config, padded.shape[1:]), padded)
+    omega = reweight.reliability(ppar.prediction(out, run.ppar.otp, config), padded)
     weight = ppar.learning_weights(out, run.ppar.otp, padded, config, ramp=1.0)
     return [x[0, :label.shape[0], :label.shape[1]].cpu().numpy() for x in (omega, weight)]
 

@@ -104,24 +104,24 @@ def learning_weights(out, otp, label, config, ramp):
     """Eq. 5 and 6: the weight of each pixel of label (B, H, W), at any resolution, 0 on void, no gradient."""
     if not config.reweight or ramp == 0:
         return (label != VOID).float()
-    omega = reweight.reliability(prediction(out, otp, config, label.shape[1:]), label)
+    omega = reweight.reliability(prediction(out, otp, config), label)
     cell = label.shape[1] // out.emb.shape[2]  # our reading: a place is what lies within a cell of the pixel
     return reweight.learning_weights(omega, reweight.place_reliability(omega, label, 2 * cell + 1), label, ramp)
 
 
 @torch.no_grad()
-def prediction(out, otp, config, size):
-    """log p ~ (1 - beta) logits + beta <z, p^O> / tau, not normalised, (B, K, *size): what decoder and text say together.
+def prediction(out, otp, config):
+    """log p = (1 - beta) logits + beta <z, p^O> / tau + constant, (B, K, H/4, W/4): what decoder and text say together.
 
     # our reading: the abstract does not say how to predict. beta is --text-weight: 0 asks the decoder alone, 1 the text
-    alone, which on an untrained network is CLIP's zero-shot segmentation. Mixed before the resize, which costs the most.
+    alone, which on an untrained network is CLIP's zero-shot segmentation.
     """
     logits = out.logits.float()
     if config.text_weight:
         text = align.cosine_similarity_map(out.emb, otp) / config.tau
         text = F.interpolate(text, size=logits.shape[2:], mode="bilinear", align_corners=False)
         logits = (1 - config.text_weight) * logits + config.text_weight * text
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    return logits
 
 
 def labels_on_grid(label, emb):

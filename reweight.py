@@ -15,7 +15,7 @@ in regions: whole polygons, whole objects, whole frames. So a pixel loses its we
 p_i are the probabilities of the classes at pixel i (ppar.py makes them of the decoder and of the OTP), y_i its label.
 
 Shapes
-    logits   (B, K, H, W)       log p, up to a constant for each pixel
+    logits   (B, K, h, w)       log p, up to a constant for each pixel; on the grid of the label, or on a coarser one
     label    (B, H, W) int64    0 .. K-1, 255 = void
     omega    (B, H, W)          in [0, 1], 0 on void
     weight   (B, H, W)          w, in [0, 1], 0 on void, no gradient
@@ -37,19 +37,25 @@ def reliability(logits, label):
     # our reading: the abstract says that reliability is estimated, and not how. Beside p[y] itself, the ratio does not
     punish a pixel that is merely hard: where several classes are likely, the label's omega is high as long as it is
     one of them. It is small only where another class is named *instead*.
+    Each pixel of the label asks the cell of logits that it lies in: no (B, K, H, W) tensor is ever made.
     """
+    ratio = (logits.float() - logits.float().amax(dim=1, keepdim=True)).exp()  # (B, K, h, w)
+    (h, w), (height, width) = logits.shape[2:], label.shape[1:]
+    row = torch.arange(height, device=label.device) * h // height  # the cell that each pixel row lies in
+    col = torch.arange(width, device=label.device) * w // width
     valid = label != VOID
-    own = logits.gather(1, label.where(valid, torch.zeros_like(label))[:, None])[:, 0]
-    return (own - logits.amax(dim=1)).exp() * valid
+    index = (label.where(valid, torch.zeros_like(label)) * h + row[:, None]) * w + col  # class-major, into (K * h * w)
+    return ratio.flatten(1).gather(1, index.flatten(1)).view(label.shape) * valid
 
 
 @torch.no_grad()
 def place_reliability(omega, label, side):
     """R of Eq. 5: the mean omega of the labelled pixels in a window of `side` (odd) pixels around each, (B, H, W)."""
-    valid = (label != VOID).to(omega.dtype)
-    window = dict(kernel_size=side, stride=1, padding=side // 2)
-    mean, share = (F.avg_pool2d(x[:, None], **window)[:, 0] for x in (omega * valid, valid))
-    return mean / share.clamp_min(1e-8) * valid
+    both = torch.stack([omega, (label != VOID).to(omega.dtype)], dim=1).double()  # omega is 0 on void
+    before, after = side // 2 + 1, side // 2
+    total = F.pad(both, (before, after, before, after)).cumsum(dim=2).cumsum(dim=3)  # a window's sum is four of its entries
+    window = total[..., side:, side:] - total[..., :-side, side:] - total[..., side:, :-side] + total[..., :-side, :-side]
+    return (window[:, 0] / window[:, 1].clamp_min(0.5)).to(omega.dtype) * (label != VOID)
 
 
 @torch.no_grad()

@@ -256,7 +256,7 @@ def backward(network, image, label, config, step, autocast):
     values = sum_over_processes(torch.stack(list(terms.values())).detach()).tolist()
     row = dict(loss=sum(values), **dict(zip(terms, values)), **row)
     for name, value in reversed(row.items()):
-        if not math.isfinite(value):
+        if value is not None and not math.isfinite(value):
             raise UserError(f"the loss term `{name}` is {value} at step {step + 1}: the last good checkpoint, if one was "
                             f"written, stays in {config.out}; lower --lr, or look at the data (python data.py --check).")
     return row, whole
