@@ -85,13 +85,6 @@ def test_the_reliability_of_a_place_equals_plain_loops_where_borders_and_void_co
     assert not place.requires_grad
 
 
-def test_a_place_whose_pixels_agree_has_their_reliability_up_to_the_border_and_a_window_of_one_is_the_pixel():
-    omega, _, label = random_reliability()
-    valid = label != VOID
-    torch.testing.assert_close(place_reliability(torch.full_like(omega, 0.3), label, 5), 0.3 * valid)
-    torch.testing.assert_close(place_reliability(omega, label, 1), omega * valid)
-
-
 # ------------------------------------------------------------------------------------------------------------- Eq. 6
 
 
@@ -116,14 +109,6 @@ def test_eq_6_equals_plain_loops_and_has_no_gradient(ramp, least):
     weight = learning_weights(omega.requires_grad_(), place.requires_grad_(), label, ramp, *least)
     torch.testing.assert_close(weight, expected)  # float32, 0 on void
     assert not weight.requires_grad
-
-
-@pytest.mark.parametrize("ramp", [0, 0.0])
-def test_at_ramp_zero_every_weight_is_one_and_void_has_none(ramp):
-    _, _, label = random_reliability()
-    zero = torch.zeros(B, H, W)
-    assert torch.equal(learning_weights(zero, zero, label, ramp), (label != VOID).float())
-    assert not learning_weights(zero, zero, torch.full_like(label, VOID), ramp).any()
 
 
 @pytest.mark.parametrize("ramp", [-0.1, 1.1, float("nan")])
