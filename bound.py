@@ -10,7 +10,7 @@ computed here on the source and on every target, and the inequalities are checke
     Eq. 12   R_T <= R_S + g A_S + L A_T + osc(h) TV(pi_S, pi_T)     the hub: both domains meet at the prototypes
     Eq. 13   R_T <= E[h_y + L_y |z - p_y|~]                         never larger, but does not mention the source
     Eq. 25   R_T <= E[h_y + |grad l(z, y)| |z - p_y|~]              the same with the slope where each pixel stands
-    Eq. 16   A^O <= A^V + G                                         two legs: pixel to VTP, VTP to OTP
+    Eq. 16   A^O <= A^V + G                                         the debt of a goal, here that of the VTP
 
 They hold for any two finite sets of pixels: a broken one is a bug and not a discovery. What the numbers tell is which term
 is large, which one a method moves, and how much is slack. Targets are read for analysis only, after training.
@@ -164,7 +164,7 @@ def describe(source, domain, otp, tau):
     row["right"] = hub_bound(mean(source, "left"), mean(source, "radius_otp"), *terms)
     row["vacuous"] = row["right"] > row["ceiling"]
     row["slope_measured"] = (row["left"] - mean(domain, "hub")) / max(row["radius_otp"], 1e-12)  # an L that would have done
-    if (domain["weight"] != 1).any():  # Eq. 18: what the weights gain; Eq. 21: with means per class, the shift is 0
+    if (domain["weight"] != 1).any():  # Eq. 18: what the weights change; Eq. 21: how far they move the shares
         row.update(risk_weighted=mean(weighted, "left"), radius_weighted=mean(weighted, "radius_otp"),
                    share_shift=total_variation(share_t, shares(weighted, len(otp))))
     chain = [row[name] for name in ("left", "right_local", "right_direct", "right")]  # Eq. 25 and 13, and with them 12
