@@ -167,7 +167,7 @@ def test_slopes_are_those_of_autograd_and_approach_the_constant_far_out_towards_
 def test_smaller_constants_fail():
     tau, label = 0.1, torch.tensor([0])  # a pixel of class 0 on the prototype of class 1
     rise = risk(OPPOSITE[1:], label, OPPOSITE, tau) - bound.hub_terms(OPPOSITE, tau)[0][0].item()
-    assert bound.lipschitz_per_class(OPPOSITE, 1.0)[0] * 2 < rise <= bound.lipschitz_per_class(OPPOSITE, tau)[0] * 2  # Eq. 9: the temperature belongs to it
+    assert 2 * bound.lipschitz_per_class(OPPOSITE, 1.0)[0] < rise  # Eq. 9: the temperature belongs to it
     assert bound.hub_terms(OPPOSITE, tau)[1][0] * 2 < rise  # Eq. 10: the slope at the hub is for the way down alone
     assert bound.local_slope(OPPOSITE[:1], label, OPPOSITE, tau) * 2 < rise  # Eq. 25: the slope where another pixel stands
     assert rise <= bound.local_slope(OPPOSITE[1:], label, OPPOSITE, tau) * 2
