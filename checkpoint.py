@@ -100,7 +100,8 @@ def describe(config):
     from model import TOY_CLIP
     def git(*words):
         with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git here, or no repository
-            return subprocess.check_output(["git", *words], cwd=Path(__file__).resolve().parent, text=True, stderr=subprocess.DEVNULL).strip()
+            return subprocess.check_output(["git", *words], cwd=Path(__file__).resolve().parent, text=True,
+                                           stderr=subprocess.DEVNULL).strip()
 
     clip_file = Path(TOY_CLIP if config.clip == "toy" else config.clip)
     digest = hashlib.sha256(clip_file.read_bytes()).hexdigest() if clip_file.is_file() else None  # by name: clip.load checks it

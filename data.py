@@ -268,6 +268,11 @@ def evenly(items, number):
 # ------------------------------------------------------------------------------------------- files: from disk to arrays
 
 
+def load_label(item, mapillary="A"):
+    """(H, W) uint8 train ids."""
+    return _train_ids(item, np.asarray(_open_label(item)), mapillary)
+
+
 def load_pair(item, mapillary="A"):
     """(image (H, W, 3) uint8, label (H, W) uint8 train ids), of one size or refused. Not turned by EXIF: labels lie over
     the pixels as stored."""

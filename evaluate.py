@@ -158,10 +158,15 @@ def predict(score, image, size, scale=1.0, slide=0, slide_stride=0, flip=False):
         prob /= seen
     if tuple(prob.shape[2:]) != tuple(size):
         prob = F.interpolate(prob, size=tuple(size), mode="bilinear", align_corners=False)
-    best, pred = prob[0].max(dim=0)
+    return most_likely(prob[0]).cpu().numpy()
+
+
+def most_likely(score):
+    """The class with the largest score: (K, H, W) -> uint8 (H, W)."""
+    best, pred = score.max(dim=0)
     if not best.sum().isfinite():  # max hands on a nan
         raise UserError("the network's scores are not finite: this checkpoint is broken, not a bad segmenter.")
-    return pred.byte().cpu().numpy()
+    return pred.byte()
 
 
 def _windows(size, window, stride):

@@ -8,16 +8,13 @@ toy_clip.py makes the CLIP. A picture is drawn in two passes that share nothing 
     paint    a domain's look: colours per class, texture, weather, light, lens. It never moves a pixel, so labels
              are exact under every look, and one scene can be seen in all: draw(..., look="toy-night").
 
-What makes it a domain gap. In the source `toy-gta5` class and appearance are tied by accident, as in an engine's list
-of assets: every car is red and no other class is, every class has one texture, it is always a clear noon. Colour alone
-then nearly solves the source, and a network that leans on it fails elsewhere. What holds in every domain is structure:
-windows in rows, bars, slabs and lanes in perspective, wheels, leaves, place in the scene.
-
-Harmful source data: in a share of the training scenes, a quarter to almost half of the pixels get unrelated texture
-under some class's label, or another class's label. `wrong` marks them, for analysis only.
+What makes it a domain gap: in the source `toy-gta5` class and appearance are tied by accident, as in an engine's list
+of assets. Every car is red and no other class is, every class has one texture, it is always a clear noon. A network
+that leans on this nearly solves the source and fails elsewhere. What holds in every domain is structure: windows in
+rows, bars, slabs and lanes in perspective, wheels, leaves, place in the scene.
 
 Shapes
-    image    (H, W, 3) uint8     label    (H, W) uint8: train ids, 255 = void     wrong    (H, W) bool
+    image    (H, W, 3) uint8     label    (H, W) uint8: train ids, 255 = void     wrong    (H, W) bool: see _spoil
 
 Not here: the miniature CLIP (toy_clip.py), the table of data sets (data.py), a picture of all domains (figures.py).
 Run `python toy.py` for a demonstration in seconds: how far colour alone gets in each domain.
@@ -42,23 +39,46 @@ GROUND, SIDE, FRONT = range(3)  # the plane of a part: y = 0, x = at, z = at
 # ------------------------------------------------------------------------------------------------------- geometry
 
 
-class _Canvas:
-    """A map of part numbers and, for each part, a row (class, material, object, plane, where the plane is, shade).
+class Scene:
+    """A street in metres, with x to the right of the camera, y up from the ground and z ahead.
 
-    Metres, with x to the right of the camera, y up from the ground and z ahead. Drawing part numbers instead of colours
-    gives image and label from one set of polygons. begin() says whose parts the shapes are that follow.
+    It is a map of part numbers and, for each part, a row (class, material, object, plane, where the plane is, shade):
+    one set of polygons gives image and label. begin() says whose parts the shapes are that follow, and where their
+    points are measured from; a shape without a depth of its own faces the camera.
     """
 
-    def __init__(self, focal, height, horizon, centre):
-        self.focal, self.height, self.horizon, self.centre = focal, height, horizon, centre
+    def __init__(self, rng, layout):
+        self.rng, self.layout = rng, layout
+        self.focal, self.height = rng.uniform(*layout["focal"]), rng.uniform(*layout["height"])
+        self.horizon = rng.uniform(*layout["horizon"]) * HEIGHT
+        self.centre = WIDTH * (0.5 + rng.uniform(-1, 1) * layout["sway"])
         self.picture = Image.new("I", (WIDTH, HEIGHT))
         self.pen = ImageDraw.Draw(self.picture)
         self.table, self.objects = {}, 0  # row -> number of the part
+        self.half = rng.uniform(*layout["road"])
+        self.middle = -self.half * rng.uniform(0.1, 0.6)  # of the road: the camera drives on the right
+        self.far = rng.uniform(45, 80)
+        self.cross = rng.uniform(9, 35) if rng.random() < layout["cross"] else None
+        self.backdrop()
+        items = []  # (depth, method, arguments)
+        for s, kerb, edge, walk in self.pavement():
+            items += [*self.roadside(s, edge), *self.kerbside(s, kerb, walk)]
+        room, taken = {self.car: 5, self.rider: 5, self.truck: 11, self.bus: 11}, []
+        for z, maker, args in sorted([*items, *self.traffic()], key=lambda item: -item[0]):
+            if maker in room:  # vehicles do not stand inside each other
+                if any(abs(args[0] - x) < 1.9 and abs(z - behind) < gap for x, behind, gap in taken):
+                    continue
+                taken.append((args[0], z, room[maker]))
+            maker(*args)
+        if rng.random() < layout["hood"]:  # the bonnet of the camera's own car
+            rise = rng.uniform(.05, .12) * HEIGHT
+            self.begin(VOID, 2.0)
+            self.pen.ellipse((-.2 * WIDTH, HEIGHT - rise, 1.2 * WIDTH, HEIGHT + 4 * rise), fill=self.part(DARK))
 
-    def begin(self, cls, z=0.0, new=True):
-        """A new object, which faces the camera at depth z, or a part of another class of the last one."""
+    def begin(self, cls, z=0.0, x=0.0, scale=1, new=True):
+        """A new object at (x, 0, z), or a part of another class of the last one; scale -1 mirrors it."""
         self.objects += new
-        self.owner, self.z = (cls, self.objects - 1), z
+        self.owner, self.z, self.x, self.scale = (cls, self.objects - 1), z, x, scale
 
     def part(self, material, shade=1.0, plane=FRONT, at=None, owner=None):
         cls, obj = (ROAD, 0) if material == SHADOW else owner or self.owner
@@ -69,75 +89,37 @@ class _Canvas:
         """(H, W): entry k of the row of each pixel's part."""
         return np.array(list(self.table))[:, k].astype(int)[np.asarray(self.picture)]
 
-    def point(self, x, y, z):
-        k = self.focal / z
-        return self.centre + x * k, self.horizon + (self.height - y) * k
+    def point(self, x, y, z=0.0):
+        k = self.focal / (self.z + z)
+        return self.centre + (self.x + self.scale * x) * k, self.horizon + (self.height - y) * k
 
-    def polygon(self, part, points):
-        self.pen.polygon([self.point(*p) for p in points], fill=part)
+    def face(self, material, points, *rest):
+        self.pen.polygon([self.point(*p) for p in points], fill=self.part(material, *rest))
 
     def ground(self, material, x0, x1, z0, z1, at=0.0, owner=None):
-        part = self.part(material, 1.0, GROUND, at, owner)
-        self.polygon(part, [(x0, 0, z0), (x1, 0, z0), (x1, 0, z1), (x0, 0, z1)])
+        self.face(material, [(x0, 0, z0), (x1, 0, z0), (x1, 0, z1), (x0, 0, z1)], 1.0, GROUND, at, owner)
 
     def side(self, material, x, z0, z1, y0, y1, taper=0.0, shade=None):
         """A plane along the street; without a shade it is lit as if it faced the camera."""
-        part = self.part(material) if shade is None else self.part(material, shade, SIDE, x)
-        self.polygon(part, [(x, y0, z0), (x, y0, z1), (x, y1, z1 - taper), (x, y1, z0 + taper)])
+        light = () if shade is None else (shade, SIDE, self.x + x)
+        self.face(material, [(x, y0, z0), (x, y0, z1), (x, y1, z1 - taper), (x, y1, z0 + taper)], *light)
 
-    def wheels(self, x, r, *axles):
-        for z in axles:
-            self.polygon(self.part(DARK), [(x, r + r * np.sin(a), z + r * np.cos(a)) for a in np.arange(0, 6.2, .79)])
+    def front(self, material, half, y0, y1, taper=1.0, shade=1.0, x=0.0):
+        top = half * taper
+        self.face(material, [(x - half, y0), (x + half, y0), (x + top, y1), (x - top, y1)], shade)
 
-    def face(self, material, points, shade=1.0):
-        """Points (x, y) at the object's depth; so are the shapes below."""
-        self.polygon(self.part(material, shade), [(x, y, self.z) for x, y in points])
-
-    def front(self, material, x0, x1, y0, y1, taper=1.0, shade=1.0):
-        mid, half = (x0 + x1) / 2, (x1 - x0) / 2 * taper
-        self.face(material, [(x0, y0), (x1, y0), (mid + half, y1), (mid - half, y1)], shade)
-
-    def pair(self, material, x, apart, half, y0, y1):
-        for middle in (x - apart, x + apart):
-            self.front(material, middle - half, middle + half, y0, y1)
+    def pair(self, material, apart, half, y0, y1):
+        for x in (-apart, apart):
+            self.front(material, half, y0, y1, x=x)
 
     def disc(self, material, x, y, rx, ry=None, shade=1.0):
-        (px, py), k = self.point(x, y, self.z), self.focal / self.z
+        (px, py), k = self.point(x, y), self.focal / self.z
         ax, ay = max(rx * k, 0.6), max((ry or rx) * k, 0.6)
         self.pen.ellipse((px - ax, py - ay, px + ax, py + ay), fill=self.part(material, shade))
 
     def rod(self, material, x0, y0, x1, y1, width, shade=1.0):
-        ends = self.point(x0, y0, self.z), self.point(x1, y1, self.z)
+        ends = self.point(x0, y0), self.point(x1, y1)
         self.pen.line(ends, fill=self.part(material, shade), width=max(1, round(width * self.focal / self.z)))
-
-
-class Scene(_Canvas):
-    """One street: ground and skyline, then everything that stands on it, far to near."""
-
-    def __init__(self, rng, layout):
-        super().__init__(rng.uniform(*layout["focal"]), rng.uniform(*layout["height"]),
-                         rng.uniform(*layout["horizon"]) * HEIGHT, WIDTH * (0.5 + rng.uniform(-1, 1) * layout["sway"]))
-        self.rng, self.layout = rng, layout
-        self.half = rng.uniform(*layout["road"])
-        self.middle = -self.half * rng.uniform(0.1, 0.6)  # of the road: the camera drives on the right
-        self.far = rng.uniform(45, 80)
-        self.cross = rng.uniform(9, 35) if rng.random() < layout["cross"] else None
-        self.backdrop()
-        items = []  # (depth, method, arguments)
-        for s, kerb, edge, walk in self.pavement():
-            items += [*self.roadside(s, edge), *self.kerbside(s, kerb, walk)]
-        taken = []
-        for z, maker, args in sorted([*items, *self.traffic()], key=lambda item: -item[0]):
-            if maker in (self.car, self.truck, self.bus, self.rider):  # vehicles do not stand inside each other
-                x = args[0]
-                if any(abs(x - a) < 1.9 and abs(z - b) < gap for a, b, gap in taken):
-                    continue
-                taken.append((x, z, 5 if maker in (self.car, self.rider) else 11))
-            maker(*args)
-        if rng.random() < layout["hood"]:  # the bonnet of the camera's own car
-            rise = rng.uniform(.05, .12) * HEIGHT
-            self.begin(VOID, 2.0)
-            self.pen.ellipse((-.2 * WIDTH, HEIGHT - rise, 1.2 * WIDTH, HEIGHT + 4 * rise), fill=self.part(DARK))
 
     def backdrop(self):
         """Sky, terrain, and a skyline that closes the street."""
@@ -148,11 +130,11 @@ class Scene(_Canvas):
         x, built = -self.far * 1.2, self.layout["building"] / (self.layout["building"] + self.layout["tree"])
         while x < self.far * 1.2:
             wide, house = self.rng.uniform(6, 22), self.rng.random() < built
-            self.begin(BUILDING if house else VEGETATION, self.far)
+            self.begin(BUILDING if house else VEGETATION, self.far, x + wide / 2)
             if house:
-                self.front(BODY, x, x + wide, 0, self.rng.uniform(5, 18), shade=.95)
+                self.front(BODY, wide / 2, 0, self.rng.uniform(5, 18), shade=.95)
             else:
-                self.disc(BODY, x + wide / 2, 1, wide * .6, self.rng.uniform(4, 9), shade=.95)
+                self.disc(BODY, 0, 1, wide * .6, self.rng.uniform(4, 9), shade=.95)
             x += wide * .9
 
     def pavement(self):
@@ -236,182 +218,177 @@ class Scene(_Canvas):
         for x in rng.uniform(-12, 12, rng.poisson(.8) if self.cross else 0):
             yield self.cross + 2, self.car_across, (x, self.cross + 2)
 
-    def vehicle(self, cls, x, z, w, end, shadow, sides, wheels, tyres, faces, lamps):
-        """Reaches from x - w to x + w and from z to end: the flank if it is seen, then tyres, faces and lamps."""
-        self.begin(cls, z)
-        self.ground(SHADOW, x - w - shadow[0], x + w + shadow[0], z - shadow[1], end)
+    def vehicle(self, cls, x, z, w, long, shadow, sides, wheels, tyres, faces, lamps):
+        """Of half the width w: the flank if it is seen, then tyres, faces and lamps of the end near the camera."""
+        self.begin(cls, z, x)
+        self.ground(SHADOW, -w - shadow[0], w + shadow[0], -shadow[1], long)
         if abs(x) > w:
-            flank = x - w if x > 0 else x + w
+            (r, *axles), flank = wheels, -w * np.sign(x)
             for material, *shape in sides:
                 self.side(material, flank, *shape)
-            self.wheels(flank, *wheels)
-        self.pair(DARK, x, *tyres)
-        for material, half, *shape in faces:
-            self.front(material, x - half, x + half, *shape)
-        self.pair(LAMP, x, *lamps)
+            for axle in axles:
+                self.face(DARK, [(flank, r + r * np.sin(a), axle + r * np.cos(a)) for a in np.arange(0, 6.2, .79)])
+        self.pair(DARK, *tyres)
+        for face in faces:
+            self.front(*face)
+        self.pair(LAMP, *lamps)
 
     def car(self, x, z):
-        w, end, tall = self.rng.uniform(0.82, 0.98), z + self.rng.uniform(3.6, 4.6), self.rng.uniform(1.35, 1.75)
+        w, long, tall = self.rng.uniform(0.82, 0.98), self.rng.uniform(3.6, 4.6), self.rng.uniform(1.35, 1.75)
         belt = 0.58 * tall
-        sides = [(BODY, z, end, .28, belt, 0, .72), (BODY, z + .3, end - .9, belt, tall, .45, .66),
-                 (GLASS, z + .6, end - 1.2, belt + .05, tall - .12, .35)]
-        faces = [(BODY, w, .25, belt), (BODY, w, belt, tall, .74, 1.08),
-                 (GLASS, .84 * w, belt + .02, tall - .13, .82)]
-        self.vehicle(CAR, x, z, w, end, (.15, .2), sides, wheels=(.34, z + .75, end - .8), tyres=(w - .16, .14, 0, .4),
+        sides = [(BODY, 0, long, .28, belt, 0, .72), (BODY, .3, long - .9, belt, tall, .45, .66),
+                 (GLASS, .6, long - 1.2, belt + .05, tall - .12, .35)]
+        faces = [(BODY, w, .25, belt), (BODY, w, belt, tall, .74, 1.08), (GLASS, .84 * w, belt + .02, tall - .13, .82)]
+        self.vehicle(CAR, x, z, w, long, (.15, .2), sides, wheels=(.34, .75, long - .8), tyres=(w - .16, .14, 0, .4),
                      faces=faces, lamps=(.8 * w, .17, .58, .76))
-        self.front(ACCENT, x - .28, x + .28, .36, .5)
+        self.front(ACCENT, .28, .36, .5)
 
     def truck(self, x, z):
         """Told from a bus by its closed box on a dark frame, and by its cab."""
-        w, end, tall = 1.2, z + self.rng.uniform(6, 9), self.rng.uniform(2.9, 3.7)
-        sides = [(ACCENT, end - 1.8, end, .5, 2.5, 0, .7), (GLASS, end - 1.5, end - .4, 1.5, 2.3, 0, 1.0),
-                 (BODY, z, end - 2, .95, tall, 0, .74), (DARK, z + .2, end - 2, .6, .95)]
+        w, long, tall = 1.2, self.rng.uniform(6, 9), self.rng.uniform(2.9, 3.7)
+        sides = [(ACCENT, long - 1.8, long, .5, 2.5, 0, .7), (GLASS, long - 1.5, long - .4, 1.5, 2.3, 0, 1.0),
+                 (BODY, 0, long - 2, .95, tall, 0, .74), (DARK, .2, long - 2, .6, .95)]
         if self.rng.random() < 0.55:  # from behind: a closed box with two doors and their seams
             faces = [(DARK, w, .55, .8), (BODY, w, .9, tall), (BODY, .05, .95, tall, 1, .5),
                      (BODY, w, tall - .12, tall, 1, .5), (BODY, w, .9, 1.02, 1, .5)]
         else:  # from ahead: the cab before the box
             faces = [(BODY, w, .9, tall, 1, .9), (ACCENT, 1.1, .45, 2.6), (GLASS, .95, 1.55, 2.35),
                      (DARK, .6, .75, 1.25)]
-        self.vehicle(TRUCK, x, z, w, end, (.2, .3), sides, wheels=(.48, z + 1, z + 2.1, end - 1),
-                     tyres=(.85, .25, 0, .95), faces=faces, lamps=(.92, .17, .62, .85))
+        self.vehicle(TRUCK, x, z, w, long, (.2, .3), sides, wheels=(.48, 1, 2.1, long - 1), tyres=(.85, .25, 0, .95),
+                     faces=faces, lamps=(.92, .17, .62, .85))
 
     def bus(self, x, z):
         """Told from a truck by its windows: a row along the flank, a wide screen in front."""
         long, tall = self.rng.uniform(8, 12), self.rng.uniform(2.9, 3.3)
-        windows = [(GLASS, z + .3 + k * long / 6, z + (k + .86) * long / 6, 1.35, 2.5) for k in range(6)]
+        windows = [(GLASS, .3 + k * long / 6, (k + .86) * long / 6, 1.35, 2.5) for k in range(6)]
         faces = [(BODY, 1.25, .3, tall, 1, .94), (GLASS, 1.1, 1.15, 2.4, .97), (ACCENT, .75, 2.55, 2.85),
                  (BODY, .04, 1.15, 2.4, 1, .8)]
-        self.vehicle(BUS, x, z, 1.25, z + long, (.2, .3), [(BODY, z, z + long, .3, tall, 0, .74), *windows],
-                     wheels=(.45, z + 1.6, z + long - 2), tyres=(.9, .2, 0, .5), faces=faces, lamps=(.95, .2, .6, .85))
+        self.vehicle(BUS, x, z, 1.25, long, (.2, .3), [(BODY, 0, long, .3, tall, 0, .74), *windows],
+                     wheels=(.45, 1.6, long - 2), tyres=(.9, .2, 0, .5), faces=faces, lamps=(.95, .2, .6, .85))
 
     def car_across(self, x, z):
         """A car on the crossing street, seen from its side."""
         half, tall = self.rng.uniform(1.8, 2.2), self.rng.uniform(1.35, 1.6)
-        d = self.rng.choice([-1, 1]) * half
-        self.begin(CAR, z)
-        self.ground(SHADOW, x - half, x + half, z - 0.2, z + 1.6)
-        outline = [(-1, .3), (1, .3), (1, .75), (.62, .86), (.3, tall), (-.5, tall), (-.85, .9), (-1, .85)]
-        self.face(BODY, [(x + d * a, y) for a, y in outline], 0.9)
-        for a, b, c, e in ((.5, -.06, -.06, .26), (-.72, -.14, -.14, -.47)):
-            pane = [(a, .9), (b, .9), (c, tall - .1), (e, tall - .1)]
-            self.face(GLASS, [(x + d * s, y) for s, y in pane])
+        self.begin(CAR, z, x)
+        self.ground(SHADOW, -half, half, -0.2, 1.6)
+        self.scale = self.rng.choice([-1, 1]) * half
+        self.face(BODY, [(-1, .3), (1, .3), (1, .75), (.62, .86), (.3, tall), (-.5, tall), (-.85, .9), (-1, .85)], 0.9)
+        for a, b, c, d in ((.5, -.06, -.06, .26), (-.72, -.14, -.14, -.47)):
+            self.face(GLASS, [(a, .9), (b, .9), (c, tall - .1), (d, tall - .1)])
         for a in (-.62, .64):
-            self.disc(DARK, x + d * a, .34, .36)
-        self.disc(LAMP, x + d * .95, .68, .12)
+            self.disc(DARK, a, .34, .36)
+        self.disc(LAMP, .95, .68, .12)
 
-    def person(self, x, z, y=0.0, walks=True):
-        """A walker, or what sits on a two-wheeler: that one's legs are drawn there."""
-        if walks:
-            self.begin(PERSON, z)
+    def person(self, x, z, y=0.0, cls=PERSON):
+        """A walker, or what sits on a two-wheeler, a RIDER: that one's legs are drawn there."""
+        walks = cls == PERSON
+        self.begin(cls, z, x, new=walks)
         tall, lean = self.rng.uniform(1.5, 1.9), self.rng.uniform(-0.22, 0.22)
         hip, neck = y + 0.48 * tall, y + 0.84 * tall
         for foot in (lean, -lean * 0.9) if walks else ():
-            self.face(LEGS, [(x - .15, hip), (x + .15, hip), (x + foot + .08, y), (x + foot - .08, y)])
-        torso = [(-.17, hip - .06), (.17, hip - .06), (.25, neck - .1), (.12, neck), (-.12, neck), (-.25, neck - .1)]
-        self.face(BODY, [(x + a, b) for a, b in torso])
+            self.face(LEGS, [(-.15, hip), (.15, hip), (foot + .08, y), (foot - .08, y)])
+        self.face(BODY, [(-.17, hip - .06), (.17, hip - .06), (.25, neck - .1), (.12, neck), (-.12, neck),
+                         (-.25, neck - .1)])
         for arm in (-1, 1) if walks else ():
-            self.rod(BODY, x + arm * 0.25, neck - 0.1, x + arm * (0.3 + abs(lean) * 0.5), hip, 0.11)
-        self.disc(SKIN, x, neck + 0.15, 0.115, 0.15)
+            self.rod(BODY, arm * 0.25, neck - 0.1, arm * (0.3 + abs(lean) * 0.5), hip, 0.11)
+        self.disc(SKIN, 0, neck + 0.15, 0.115, 0.15)
         if self.rng.random() < 0.6 or not walks:  # hair or helmet
-            self.disc(ACCENT, x, neck + 0.22, 0.13, 0.1)
+            self.disc(ACCENT, 0, neck + 0.22, 0.13, 0.1)
 
     def rider(self, x, z, parked=False):
         """A motorcycle or a bicycle, across the view or along it, with its rider or parked."""
-        motor, d, across = self.rng.random() < 0.5, self.rng.choice([-1, 1]), self.rng.random() < 0.7
-        self.begin(MOTORCYCLE if motor else BICYCLE, z)
-        self.ground(SHADOW, x - (0.9 if across else 0.3), x + (0.9 if across else 0.3), z - 0.1, z + 0.6)
+        motor, turn, across = self.rng.random() < 0.5, self.rng.choice([-1, 1]), self.rng.random() < 0.7
+        turn, wide = (turn, 0.9) if across else (1, 0.3)
+        self.begin(MOTORCYCLE if motor else BICYCLE, z, x)
+        self.ground(SHADOW, -wide, wide, -0.1, 0.6)
+        self.scale = turn
         if across:
             r, hub, inner = (.34, BODY, .35) if motor else (.38, SPOKES, .72)
             for wheel in (-0.58, 0.58):
-                self.disc(DARK, x + wheel, r, r)
-                self.disc(hub, x + wheel, r, r * inner)
-        if across and motor:
-            trunk = ((-.75, .8), (-.3, .3), (.3, .3), (.55, .95), (.2, .95), (-.1, .75))
-            self.face(BODY, [(x + d * a, b) for a, b in trunk])
-            self.rod(DARK, x + d * .58, .4, x + d * .4, 1.1, .12)
-            self.disc(LAMP, x + d * .58, .92, .11)
-        elif across:
-            for a, b, c, e in ((-.58, .38, -.2, .85), (-.2, .85, .42, .8), (.42, .8, .58, .38), (-.1, .38, .42, .8),
-                               (-.58, .38, -.1, .38), (.38, 1.02, .48, .8)):
-                self.rod(BODY, x + d * a, b, x + d * c, e, .07)
+                self.disc(DARK, wheel, r, r)
+                self.disc(hub, wheel, r, r * inner)
+            if motor:
+                self.face(BODY, [(-.75, .8), (-.3, .3), (.3, .3), (.55, .95), (.2, .95), (-.1, .75)])
+                self.rod(DARK, .58, .4, .4, 1.1, .12)
+            for line in () if motor else ((-.58, .38, -.2, .85), (-.2, .85, .42, .8), (.42, .8, .58, .38),
+                                          (-.1, .38, .42, .8), (-.58, .38, -.1, .38), (.38, 1.02, .48, .8)):
+                self.rod(BODY, *line, .07)
+            legs = [(-.15, .95, .22, .62, .2), (.22, .62, .02, .28, .15)]
         else:
             tyre, trunk = (.1, .25) if motor else (.05, .07)
-            self.front(DARK, x - tyre, x + tyre, 0, .75)
-            self.front(BODY, x - trunk, x + trunk, .4, .9, .7)
-            self.rod(BODY, x - .35, 1.02, x + .35, 1.02, .07)
-            if motor:
-                self.disc(LAMP, x, .78, .12)
+            self.front(DARK, tyre, 0, .75)
+            self.front(BODY, trunk, .4, .9, .7)
+            self.rod(BODY, -.35, 1.02, .35, 1.02, .07)
+            legs = [(-.16, .95, -.208, .35, .16), (.16, .95, .208, .35, .16)]
+        if motor:
+            self.disc(LAMP, *((.58, .92, .11) if across else (0, .78, .12)))
         if parked:
             return
-        self.begin(RIDER, z, new=False)
-        seat = x - d * .15 if across else x
+        self.begin(RIDER, z, x, turn, new=False)
+        for leg in legs:
+            self.rod(LEGS, *leg)
         if across:
-            self.rod(LEGS, seat, .95, x + d * .22, .62, .2)
-            self.rod(LEGS, x + d * .22, .62, x + d * .02, .28, .15)
-            self.rod(BODY, seat, 1.35, x + d * .38, 1.05, .12, shade=.85)
-        else:
-            for side in (-.16, .16):
-                self.rod(LEGS, x + side, .95, x + side * 1.3, .35, .16)
-        self.person(seat, z, 0.15, walks=False)
+            self.rod(BODY, -.15, 1.35, .38, 1.05, .12, shade=.85)
+        self.person(x - .15 * turn if across else x, z, 0.15, RIDER)
 
     def tree(self, x, z):
-        self.begin(VEGETATION, z)
+        self.begin(VEGETATION, z, x)
         tall = self.rng.uniform(3.5, 8)
         wide = tall * self.rng.uniform(0.22, 0.36)
-        self.rod(TRUNK, x, 0, x + self.rng.uniform(-.2, .2), tall * .6, .3)
+        self.rod(TRUNK, 0, 0, self.rng.uniform(-.2, .2), tall * .6, .3)
         if self.rng.random() < 0.25:  # a conifer
             for k in range(3):
-                half, low = wide * (1 - .25 * k), tall * (.2 + .25 * k)
-                self.front(BODY, x - half, x + half, low, low + tall * .35, .1, shade=.85 + .1 * k)
+                low = tall * (.2 + .25 * k)
+                self.front(BODY, wide * (1 - .25 * k), low, low + tall * .35, .1, shade=.85 + .1 * k)
             return
         for k in range(6):
             a = self.rng.uniform(0, 6.28)
-            px, py = x + wide * .6 * np.cos(a), tall * .68 + wide * .6 * np.sin(a) + .05 * k
+            px, py = wide * .6 * np.cos(a), tall * .68 + wide * .6 * np.sin(a) + .05 * k
             self.disc(BODY, px, py, wide * self.rng.uniform(.45, .75), shade=.8 + .07 * k)
 
     def bush(self, x, z, wide):
-        self.begin(VEGETATION, z)
+        self.begin(VEGETATION, z, x)
         for k in range(4):
             r = wide * self.rng.uniform(.35, .6)
-            self.disc(BODY, x + self.rng.uniform(-.5, .5) * wide, r * .7, r, r * .9, shade=.85 + .08 * k)
+            self.disc(BODY, self.rng.uniform(-.5, .5) * wide, r * .7, r, r * .9, shade=.85 + .08 * k)
 
     def post(self, x, z, kind, inward):
         """A pole with a lamp, a traffic light or a traffic sign; `inward` points to the road."""
         tall = self.rng.uniform(*{"lamp": (5, 7.5), "light": (2.9, 4), "sign": (2.3, 3.1)}[kind])
-        self.begin(POLE, z)
-        self.rod(BODY, x, 0, x, tall, .17)
+        self.begin(POLE, z, x, inward)
+        self.rod(BODY, 0, 0, 0, tall, .17)
         if kind == "lamp":
-            self.rod(BODY, x, tall, x + inward * 1.6, tall + .2, .12)
-            self.rod(LAMP, x + inward * 1.2, tall + .1, x + inward * 1.9, tall + .15, .22)
+            self.rod(BODY, 0, tall, 1.6, tall + .2, .12)
+            self.rod(LAMP, 1.2, tall + .1, 1.9, tall + .15, .22)
         elif kind == "light":
             if self.rng.random() < .4:  # on an arm over the road
-                self.rod(BODY, x, tall + 1, x + inward * 2.5, tall + 1, .13)
-                self.rod(BODY, x, tall, x, tall + 1, .15)
+                self.rod(BODY, 0, tall + 1, 2.5, tall + 1, .13)
+                self.rod(BODY, 0, tall, 0, tall + 1, .15)
                 x, tall = x + inward * 2.5, tall + .9
-            self.begin(LIGHT, z, new=False)
-            self.front(BODY, x - .28, x + .28, tall - .95, tall + .25)
+            self.begin(LIGHT, z, x, new=False)
+            self.front(BODY, .28, tall - .95, tall + .25)
             lit = self.rng.integers(3)
             for k, lens in enumerate((RED, AMBER, GREEN)):
-                self.disc(lens if k == lit else UNLIT, x, tall + .05 - .38 * k, .17)
+                self.disc(lens if k == lit else UNLIT, 0, tall + .05 - .38 * k, .17)
         else:
-            self.begin(SIGN, z, new=False)
+            self.begin(SIGN, z, x, new=False)
             corners, r = (0, 3, 4, 2)[self.rng.integers(4)], self.rng.uniform(.38, .55)
             for face, size in ((BODY, r), (SYMBOL, .66 * r)):
                 if corners == 0:
-                    self.disc(face, x, tall, size)
+                    self.disc(face, 0, tall, size)
                 elif corners == 2:
-                    self.front(face, x - size * 1.3, x + size * 1.3, tall - size * .8, tall + size * .8)
+                    self.front(face, size * 1.3, tall - size * .8, tall + size * .8)
                 else:
                     turn, size = np.arange(corners) * 2 * np.pi / corners, size * 1.22
-                    self.face(face, [(x + size * np.sin(a), tall + size * np.cos(a)) for a in turn])
+                    self.face(face, [(size * np.sin(a), tall + size * np.cos(a)) for a in turn])
 
     def plank(self, cls, x, z0, z1, tall, outward):
         """A building, wall or fence: a plane along the street, and the end that faces the camera."""
-        self.begin(cls, z0)
-        self.side(BODY, x, z0, z1, 0, tall, shade=0.86)
+        self.begin(cls, z0, x, outward)
+        self.side(BODY, 0, 0, z1 - z0, 0, tall, shade=0.86)
+        half = 6 if cls == BUILDING else .25
         if cls != FENCE:
-            deep = x + outward * (12 if cls == BUILDING else .5)
-            self.front(BODY, min(x, deep), max(x, deep), 0, tall)
+            self.front(BODY, half, 0, tall, x=half)
 
 
 # ------------------------------------------------------------------------------------------------------- appearance
@@ -430,7 +407,7 @@ PLAIN = dict(
 
 @functools.lru_cache(None)
 def _bank():
-    """Eight textures of unit spread, twice as large as a scene, so that a scene can start at any corner of them."""
+    """Eight textures of unit spread, twice as large as a scene, which can start at any corner of them."""
     rng = np.random.default_rng(0)
     h, w = 2 * HEIGHT, 2 * WIDTH
     y, x = np.mgrid[:h, :w]
@@ -453,11 +430,11 @@ def paint(rng, scene, look):
     rows = np.array(list(scene.table), np.float32).T
     rows[0, rows[0] == VOID] = 19
     parts = dict(zip(("label", "material", "obj", "plane"), rows[:4].astype(int)), at=rows[4], shade=rows[5])
+    picture = np.asarray(scene.picture)
     colour, palette = _part_colours(rng, scene, look, **parts)
-    world = _world(scene, {name: row[np.asarray(scene.picture)] for name, row in parts.items()})
-    image = _structure(rng, scene, colour[np.asarray(scene.picture)], palette, world, look)
-    image = _weather(rng, image, scene, world, look)
-    return _lens(rng, image, look)
+    world = _world(scene, {name: row[picture] for name, row in parts.items()})
+    image = _structure(rng, scene, colour[picture], palette, world, look)
+    return _lens(rng, _weather(rng, image, scene, world, look), look)
 
 
 def _part_colours(rng, scene, look, label, material, obj, plane, at, shade):
@@ -508,12 +485,12 @@ def _structure(rng, scene, image, palette, world, look):
         return on, flat.u[on], flat.v[on], flat.depth[on]
 
     def blend(on, colour, share):
-        pixels[on] += (colour - pixels[on]) * np.asarray(share, np.float32)[:, None]
+        pixels[on] += (np.float32(colour) - pixels[on]) * np.float32(share)[:, None]
 
     on, u, v, z = body(ROAD)
     u = np.abs(u - flat.at[on])
     lane = (u < .11 + z * .004) & (v % 7 < 3.5) | (np.abs(u - scene.half + .35) < .07 + z * .003)
-    blend(on, np.array(look["mark"], np.float32), .85 * (lane & (flat.at[on] < 90) & (z < 45)))
+    blend(on, look["mark"], .85 * (lane & (flat.at[on] < 90) & (z < 45)))
     on, u, v, z = body(SIDEWALK)  # joints widen with depth to stay about a pixel
     joint = ((u % 1.3 < .1 + z * .004) | (v % 1.3 < .1 + z * .006)) * near[on] * look["joint"]
     pixels[on] += np.where(np.abs(u - flat.at[on]) < .22, 30, joint)[:, None]  # 30: the kerb stone
@@ -523,7 +500,7 @@ def _structure(rng, scene, image, palette, world, look):
     pane = (np.abs(u % 1 - .5) < rng.uniform(.2, .36, scene.objects)[who]) & (np.abs(v % 1 - .55) < .27) & (v > 0)
     chance = np.sin(np.floor(u) * 12.9898 + np.floor(v) * 78.233 + who * 37.7) * 43758.5 % 1  # one number per window
     lit = np.array((255, 214, 130), np.float32) / max(.25, look["light"])  # lit from inside: as bright at night
-    glass = np.where((chance < look["lit"])[:, None], lit, np.array(look["glass"], np.float32))
+    glass = np.where((chance < look["lit"])[:, None], lit, look["glass"])
     blend(on, glass, pane * look["window"] * np.clip(1.5 - z / 60, .35, 1))
     on, u, v, z = body(WALL)
     line = (v % .42 < .1) | ((u + .45 * (np.floor(v / .42) % 2)) % .9 < .1)
@@ -553,9 +530,9 @@ def _weather(rng, image, scene, world, look):
         share = (ground & (world.label == ROAD)) * look["wet"] * np.clip(.7 + .3 * tile[UPRIGHT], 0, 1)
         image += (mirror - image) * share[..., None]
     if look["snow"]:
-        lie = 1 + .35 * tile[BLOTCH] + .3 * tile[LEAF] * (world.label == VEGETATION)
-        lie = look["snow"] * SNOW[world.label] * lie
-        image += (np.float32((236, 240, 248)) - image) * np.clip(lie, 0, 1)[..., None]
+        drift = 1 + .35 * tile[BLOTCH] + .3 * tile[LEAF] * (world.label == VEGETATION)
+        cover = np.clip(look["snow"] * SNOW[world.label] * drift, 0, 1)
+        image += (np.float32((236, 240, 248)) - image) * cover[..., None]
     if look["haze"]:
         veil = 1 - np.exp(-world.depth * np.float32(look["haze"] * rng.uniform(.7, 1.4)))
         image += (np.float32((206, 208, 210)) - image) * veil[..., None]
@@ -591,6 +568,7 @@ def _lens(rng, image, look):
 
 def colours(text):
     """A palette {class: [colours]} from hex colours: classes in order (without train) parted by '/'."""
+    text = text.replace("cars", "282a2e d2d4d6 787c80 ececec 3c4c6e 5a6054")  # those that are sold most
     lists = [[tuple(bytes.fromhex(word)) for word in part.split()] for part in text.split("/")]
     return {TRAIN: [(0, 0, 0)], 19: [(20, 20, 22)], **dict(zip(CLASSES, lists, strict=True))}
 
@@ -599,7 +577,6 @@ STREET = dict(  # ranges of camera and street in metres, chances, weights of wha
     focal=(108, 124), height=(1.35, 1.6), horizon=(.42, .48), sway=.06, road=(3.6, 6), sidewalk=.9, verge=.4, cross=.4,
     building=3, tree=1.4, wall=.8, fence=.8, open=.4, storeys=(2, 5), lamp=2, light=1.6, sign=1.8, street_tree=1.4,
     person=4, parked=1.8, rider=1.3, car=1.5, truck=.6, bus=.55, hood=0)
-CARS = "282a2e d2d4d6 787c80 ececec 3c4c6e 5a6054"
 # What differs from STREET and PLAIN. Palettes in the order road / sidewalk / building / wall / fence / pole /
 # traffic light / traffic sign / vegetation / terrain / sky / person / rider / car / truck / bus / motorcycle / bicycle.
 DOMAINS = {
@@ -616,7 +593,7 @@ DOMAINS = {
         tree=1.2, open=.1), look=dict(
         palette=colours("868284/706064/7e685c 969696 707468 aa8c82 8c544c/888478 646864/465646 6e6e6a/606260 828482/"
                 "363a32/be3c38 3c5a96 c8be5a/404e38 505842/606048 705c4c/d6d8d6 c6ccd0/3c3c42 60504a 283246/50545a "
-                "783c38/" + CARS + "/bebeba 466496/c8c496 a03232/323236/46464c"),
+                "783c38/cars/bebeba 466496/c8c496 a03232/323236/46464c"),
         jitter=12, light=(.95, 1.1), contrast=(.72, .85), tint=(.97, 1.02, .97), gray=(.2, .4), shadow=(.2, .35),
         sun=(0, .04), blur=(.5, .9), noise=(3, 5), joint=(14, 22), leaf=(12, 18), cloud=(3, 6),
         texture={ROAD: (BLOTCH, 7), SIDEWALK: (WHITE, 7), BUILDING: (WHITE, 7), WALL: (BLOTCH, 10),
@@ -644,23 +621,22 @@ DOMAINS = {
     "toy-night": dict(number=5, layout=dict(person=3, parked=2.4, height=(1.3, 1.5), building=4, lamp=3.4,
         horizon=(.4, .5)), look=dict(
         palette=colours("68686e/888282/786e6e 96826e 5a606e 8c5a50/787474/5a5a60/6e6e74/282828/c8463c 5a82d2/3c5440/"
-                "5a5e46/282c42 42323c/6e5a5a 3c506e/827850 465a78/" + CARS
-                + "/b4b4be 5a3c3c/be3c3c bebea0/50505a/787878"),
+                "5a5e46/282c42 42323c/6e5a5a 3c506e/827850 465a78/cars/b4b4be 5a3c3c/be3c3c bebea0/50505a/787878"),
         jitter=14, light=(.34, .48), tint=(.92, .95, 1.15), contrast=(1.1, 1.3), lit=.4, glow=.3, noise=(5, 10),
         blur=(.3, .7), shadow=(.2, .4), sun=(0, .1), cloud=(2, 4), texture={ROAD: (LEVEL, 8), BUILDING: (BLOTCH, 8),
         SIDEWALK: (WHITE, 8), TERRAIN: (BLOTCH, 8)})),
     "toy-fog": dict(number=6, layout=dict(tree=2, open=.8, horizon=(.38, .46), height=(1.4, 1.9), truck=.9), look=dict(
         palette=colours("706e6a/8c8884/826e60 6e7478 967e6e 605450/6e6460/4c5050/464648/282c28/b4322e 3c508c/3c4836 "
-                "505038/626446/ced0d2/3c363c 64322e 2e3c50/5a643c 32323c/" + CARS
-                + "/aaaaa6 783c32/465a96 beb482/3c3232/505a64"),
+                "505038/626446/ced0d2/3c363c 64322e 2e3c50/5a643c 32323c/cars/aaaaa6 783c32/465a96 beb482/3c3232/"
+                "505a64"),
         jitter=12, haze=.045, light=(.85, 1), contrast=(.8, .95), gray=(.1, .3), blur=(.4, .9), noise=(2, 4),
         shadow=(.1, .2), sun=(0, .05), cloud=(1, 2), lit=.08, texture={ROAD: (BLOTCH, 6), BUILDING: (WHITE, 6),
         TERRAIN: (BLOTCH, 9)})),
     "toy-snow": dict(number=7, layout=dict(verge=.8, tree=2, open=1, storeys=(1, 3), person=3, rider=.9,
         height=(1.3, 1.8)), look=dict(
         palette=colours("82848a/96969c/963c32 be9646 6e5a46 78828c/786e6a/604c3c 787c82/544c46/323236/d6b43c 3c5aaa/"
-                "364a42/96928c/bec6d0 aab2c0/a03232 323c5a 285a50/3c78aa aa5a28/" + CARS
-                + "/3c6e46 c8c8cc/3c508c c83c3c/464650/3c466e"),
+                "364a42/96928c/bec6d0 aab2c0/a03232 323c5a 285a50/3c78aa aa5a28/cars/3c6e46 c8c8cc/3c508c c83c3c/"
+                "464650/3c466e"),
         jitter=12, snow=1, light=(.9, 1.05), tint=(.94, .98, 1.07), contrast=(.8, 1), gray=(0, .2), blur=(.2, .7),
         noise=(2, 5), shadow=(.1, .25), sun=(0, .08), cloud=(3, 6))),
     # A weather of its own in every scene: what wins on one look may win by luck, on forty less so.
@@ -683,32 +659,30 @@ def draw(domain, split, index, seed=0, harmful=0.0, look=None):
     harmful    share of the training scenes that are spoilt; a larger share spoils the same scenes and more
     look       paint the scene in another domain's look: same geometry, same label
     """
-    recipe, key = DOMAINS[domain], [DOMAINS[domain]["number"], SPLITS[split], index, seed]
-    scene = Scene(np.random.default_rng(key + [0]), {**STREET, **recipe["layout"]})
-    image = paint(np.random.default_rng(key + [1]), scene, DOMAINS[look or domain]["look"])
+    recipe = DOMAINS[domain]
+    geometry, painting, spoiling = (
+        np.random.default_rng([recipe["number"], SPLITS[split], index, seed, k]) for k in range(3))
+    scene = Scene(geometry, {**STREET, **recipe["layout"]})
+    image = paint(painting, scene, DOMAINS[look or domain]["look"])
     label = scene.column(0).astype(np.uint8)
-    rng = np.random.default_rng(key + [2])
-    if split == "train" and rng.random() < harmful:
-        return _spoil(rng, image, label)
+    if split == "train" and spoiling.random() < harmful:
+        return _spoil(spoiling, image, label)
     return image, label, np.zeros(label.shape, bool)
 
 
 def _spoil(rng, image, label):
-    """Make a quarter to almost half of a scene harmful, region by region.
-
-    Either unrelated texture under some class's label, or what is drawn under the labels of other classes.
-    """
+    """Harm a quarter to almost half of a scene by regions: unrelated texture under some class's label, or the labels of
+    other classes. `wrong` marks the pixels, for analysis only."""
     truth, label, wrong = label, label.copy(), np.zeros(label.shape, bool)
     y, x = np.mgrid[:HEIGHT, :WIDTH]
-    goal, order = rng.uniform(.2, .4), np.array(CLASSES)[rng.permutation(len(CLASSES))]
-    swap = np.full(256, VOID, np.uint8)
+    goal, order, swap = rng.uniform(.2, .4), rng.permutation(CLASSES), np.full(256, VOID)
     while wrong.mean() < goal:
         h, w = rng.uniform(.3, .6) * HEIGHT, rng.uniform(.2, .4) * WIDTH
         dy, dx = (y - rng.uniform(0, HEIGHT)) / h, (x - rng.uniform(0, WIDTH)) / w
         inside = dy ** 2 + dx ** 2 < .25 if rng.random() < .4 else np.maximum(np.abs(dy), np.abs(dx)) < .5
         if rng.random() < .5:
             alien = rng.uniform(30, 225, 3) + _bank()[rng.integers(8), :HEIGHT, :WIDTH, None] * rng.uniform(-45, 45, 3)
-            image[inside] = alien.clip(0, 255).astype(np.uint8)[inside]
+            image[inside] = alien[inside].clip(0, 255)
             label[inside] = rng.choice(CLASSES)
         else:  # a turn of a random order leaves no class in its place
             swap[order] = np.roll(order, rng.integers(1, len(order)))
@@ -726,10 +700,9 @@ def _demo(scenes=12):
 
     counts, score = np.zeros((4096, 256), int), {}
     np.add.at(counts, seen("toy-gta5", "train", 4 * scenes), 1)
-    votes = counts[:, :19].argmax(1)
     for domain in DOMAINS:
         colour, label = seen(domain, "val", scenes)
-        score[domain] = (votes[colour] == label)[label != VOID].mean()
+        score[domain] = (counts[:, :19].argmax(1)[colour] == label)[label != VOID].mean()
         print(f"{domain:15s} {score[domain]:.2f} of the pixels named by their colour in the source")
     gap = score["toy-gta5"] - np.mean([score[domain] for domain in DOMAINS if domain != "toy-gta5"])
     assert gap > .3, "the source's colours must not carry over: else there is no gap"

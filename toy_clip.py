@@ -22,7 +22,6 @@ make the file again (minutes).
 import argparse
 import functools
 import io
-import time
 import zipfile
 
 import clip
@@ -35,6 +34,7 @@ from PIL import Image
 import model
 import toy
 from data import CLASSES, CLIP_MEAN, CLIP_STD
+from prototypes import TEMPLATES, original_text_prototypes
 
 # Pixels of its input: one cell of stride 32, so that its pooling attends to that cell alone, and reading a pixel
 # (model.py: the value path at one position) is what it was trained to do.
@@ -43,11 +43,8 @@ REACH = 96  # the largest piece of a scene that is scaled down to it
 SCENES, PER_SCENE, SHARES = 8, 48, (.5, .2, .3)  # of a batch; shares of the MODES
 MODES = ("native", "zoom", "cut")  # a window at the scene's scale; a smaller one, enlarged; one cut to an object
 RARE = (toy.TRUCK, toy.BUS, toy.RIDER, toy.MOTORCYCLE, toy.BICYCLE, toy.WALL, toy.FENCE, toy.LIGHT, toy.SIGN)
-WIDTHS = dict(joint=64, vision=16, text=64)
 FORMS = ("a {m} of a {c}.", "a {m} of a {c}.", "a {m} of the {c}.", "a {c} in a street scene.", "a {c} in the street.",
          "a {c} on the road at day.", "{c}")
-PROMPTS = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "a drawing of a {}.",
-           "a {} in a street scene.")
 SOURCE = toy.STREET, {**toy.PLAIN, **toy.DOMAINS["toy-gta5"]["look"]}
 NATURAL = toy.colours(  # what such things often look like, anywhere
     "6e6e70 505054 96928c/96928c 786e6e/aa8c6e 8c5a50 969696/8c8278/6e645a/5a5a5c/32322e/be3c3c 3c5ab4/466e32 5a6e3c "
@@ -85,10 +82,10 @@ def _crops(rng, scene, image, count, share=SHARES):
              Whoever photographs a thing frames it: of eight places on it, a cut takes the one that shows most of it.
     """
     cls, obj, pad = scene.column(0), scene.column(2), REACH // 2
-    canvas = np.empty((toy.HEIGHT + REACH, toy.WIDTH + REACH, 3), np.uint8)
-    canvas[:] = np.round(255 * np.array(CLIP_MEAN))  # outside the picture: what the normalisation turns into zero
-    canvas[pad:-pad, pad:-pad] = image
-    canvas, ground = Image.fromarray(canvas), np.pad(cls, pad, constant_values=toy.VOID)
+    ground = np.pad(cls, pad, constant_values=toy.VOID)
+    outside = tuple(round(255 * mean) for mean in CLIP_MEAN)  # what the normalisation turns into zero
+    canvas = Image.new("RGB", ground.shape[::-1], outside)
+    canvas.paste(Image.fromarray(image), (pad, pad))
     present = np.flatnonzero(np.bincount(cls.ravel(), minlength=256)[:19] >= 8)
     weight = np.isin(present, RARE) + 1
     subjects = rng.choice(present, count, p=weight / weight.sum())
@@ -147,18 +144,18 @@ def _normalise(images):
     return (x - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
 
 
-def train_clip(out=model.TOY_CLIP, steps=7000, seed=0, styles="web", threads=1):
+def train_clip(out, steps, seed, styles):
     """CLIP's symmetric contrastive loss, over the batch's captions for an image and over its images for a caption.
 
     Crops with the same caption count as each other's negatives, as in CLIP; so the loss has a floor well above 0.
     """
     torch.manual_seed(seed)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # another number rounds differently
     # Of CLIP's 49,408 tokens the captions use a few dozen: train a table of those. In ascending order, because CLIP
     # finds the end of a text as its highest token.
     mediums = "dark bright blurry gray photo picture drawing"
     used = clip.tokenize([form.format(m=mediums, c=c) for form in FORMS for c in CLASSES]).unique()
-    net = CLIP(WIDTHS["joint"], SIZE, (1, 1, 1, 1), WIDTHS["vision"], None, 77, len(used), WIDTHS["text"], 1, 2)
+    net = CLIP(64, SIZE, (1, 1, 1, 1), 16, None, 77, len(used), 64, 1, 2)  # widths: joint 64, vision 16, text 64
     for name, parameter in net.named_parameters():
         if name.endswith("bn3.weight"):  # CLIP opens its residual branches from zero: safe in deep networks, but slow
             torch.nn.init.ones_(parameter)
@@ -168,7 +165,7 @@ def train_clip(out=model.TOY_CLIP, steps=7000, seed=0, styles="web", threads=1):
     optimizer = torch.optim.AdamW(groups, betas=(.9, .98))
     loader = torch.utils.data.DataLoader(range(steps), batch_size=None, num_workers=1, prefetch_factor=8,
                                          collate_fn=functools.partial(web_batch, seed=seed, styles=styles))
-    target, start, shown = torch.arange(SCENES * PER_SCENE), time.time(), []
+    target = torch.arange(SCENES * PER_SCENE)
     for n, (images, tokens, which) in enumerate(loader):
         for group in optimizer.param_groups:  # warm-up, then a cosine
             group["lr"] = 2e-3 * min(1, (n + 1) / 100) * (.502 + .498 * np.cos(np.pi * n / steps))
@@ -182,21 +179,18 @@ def train_clip(out=model.TOY_CLIP, steps=7000, seed=0, styles="web", threads=1):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        with torch.no_grad():
-            net.logit_scale.clamp_(0, np.log(100))  # as CLIP did
-        shown.append(loss.item())
-        if (n + 1) % 100 == 0 or n + 1 == steps:
-            print(f"step {n + 1:5d} of {steps}  loss {np.mean(shown[-100:]):.3f}  scale {net.logit_scale.exp():4.1f}"
-                  f"  {time.time() - start:5.0f} s", flush=True)
+        net.logit_scale.data.clamp_(0, np.log(100))  # as CLIP did
+        if n % 100 == 99 or n + 1 == steps:
+            print(f"step {n + 1:5d} of {steps}  loss {loss:.3f}  scale {net.logit_scale.exp():4.1f}", flush=True)
     _save(net, used, out)
 
 
 def _save(net, used, out):
     """A state dict in half precision, as OpenAI's; packed with deflate, since most rows of its token table are zero."""
     state = {k: v.detach().clone().contiguous() for k, v in net.state_dict().items()}
-    table = torch.zeros(49408, WIDTHS["text"])  # CLIP's numbers, as clip.tokenize gives; zero: never trained
-    table[used] = state["token_embedding.weight"]
-    state["token_embedding.weight"] = table
+    trained = state["token_embedding.weight"]
+    state["token_embedding.weight"] = torch.zeros(49408, trained.shape[1])  # of CLIP's tokens; zero: never trained
+    state["token_embedding.weight"][used] = trained
     # Pixels are read as c_proj(v_proj(f)), without a position code (model.py). The grid of training has one cell: move its
     # code into the biases. The same function, as q, k and v are linear, and now reading a pixel is reading that cell.
     code = state["visual.attnpool.positional_embedding"]
@@ -213,10 +207,9 @@ def _save(net, used, out):
 
 @torch.no_grad()
 def zero_shot(net, domain, share, scenes=15, per_scene=24):
-    """(right, total) per class: crops of a domain's held-out scenes against the mean of PROMPTS of each drawn class."""
+    """(right, total) per class: crops of a domain's held-out scenes, named by the nearest text of the drawn classes."""
     right, total, recipe = np.zeros(19), np.zeros(19), toy.DOMAINS[domain]
-    text = net.encode_text(clip.tokenize([p.format(CLASSES[c]) for c in toy.CLASSES for p in PROMPTS]))
-    text = F.normalize(F.normalize(text, dim=1).view(len(toy.CLASSES), len(PROMPTS), -1).mean(1), dim=1)
+    text = original_text_prototypes(net, [CLASSES[c] for c in toy.CLASSES], TEMPLATES[:5])
     for index in range(scenes):
         rng = np.random.default_rng([recipe["number"], toy.SPLITS["val"], index, 77])
         scene = toy.Scene(rng, {**toy.STREET, **recipe["layout"]})
@@ -249,10 +242,9 @@ def main():
     parser.add_argument("--styles", choices=("web", "source"), default="web", help="what it sees in training")
     parser.add_argument("--steps", type=int, default=7000, help="of --train")
     parser.add_argument("--seed", type=int, default=0, help="of --train")
-    parser.add_argument("--threads", type=int, default=1, help="of --train; another number rounds differently")
     args = parser.parse_args()
     if args.train:
-        train_clip(args.out, args.steps, args.seed, args.styles, args.threads)
+        train_clip(args.out, args.steps, args.seed, args.styles)
     if args.check or not args.train:
         check_clip(args.out, scenes=15 if args.check else 2)
 

@@ -15,34 +15,19 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import torch
+from conftest import FLAGS, write_world
+
+import train
+
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-sys.path[:0] = [str(ROOT), str(TESTS)]
-
-SIZE = (72, 100)  # of the pictures; no multiple of anything
-# Every part of the method is at work from the first steps on, and the learning rate moves the weights.
-FLAGS = """--source gta5 --targets cityscapes --crop 64 --batch 4 --steps 8 --lr 1e-3 --ramp 0 0.5
-    --amp fp32 --workers 0 --device cpu""".split()
-
-
-def write_world(folder):
-    """A data root and a small CLIP -> the flags that name them."""
-    from conftest import write_tiny
-    from make_clip import make_clip, write_state_dict
-
-    write_tiny(folder / "data", "gta5", n=5, size=SIZE)
-    write_tiny(folder / "data", "cityscapes", n=1, size=SIZE, split="val")
-    clip = write_state_dict(make_clip("resnet", layers=(1, 1, 1, 1)), folder / "clip.pt")
-    return ["--data-root", str(folder / "data"), "--clip", clip]
-
 
 # ------------------------------------------------------------------------------------------- train.py as a process
 
@@ -51,40 +36,24 @@ def command(arguments, launcher=()):
     return [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, arguments)]
 
 
-def start(arguments, output):
-    """`python train.py ...` as a user starts it; what it prints goes to the file `output`."""
-    with open(output, "a") as file:
-        return subprocess.Popen(command(arguments), stdout=file, stderr=file, cwd=ROOT, start_new_session=True,
-                                env=dict(os.environ, OMP_NUM_THREADS="1"))
-
-
-def fork(arguments, output, environment=None, scored=False, file_limit=None):
-    """The same without the seconds in which torch is imported: a process that has done so already is forked."""
+def fork(arguments, output, environment=None, scored=False):
+    """train.main in a process of its own, forked from one that has imported torch; what it prints goes to the file `output`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "pytest", "matplotlib.figure", "matplotlib.backends.backend_agg"])
+    context.set_forkserver_preload(["kill_and_resume", "matplotlib.figure", "matplotlib.backends.backend_agg"])
+    process = context.Process(target=_child, args=([*map(str, arguments)], str(output), environment or {}, scored))
     before, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH", ""), f"{ROOT}{os.pathsep}{TESTS}"
-    try:
-        arguments = [str(a) for a in arguments]
-        process = context.Process(target=_child, args=(arguments, str(output), environment or {}, scored, file_limit))
-        process.start()
-    finally:
-        os.environ["PYTHONPATH"] = before
+    process.start()
+    os.environ["PYTHONPATH"] = before
     return process
 
 
-def _child(arguments, output, environment, scored, file_limit):
+def _child(arguments, output, environment, scored):
     os.setsid()  # a group of its own, as under a scheduler
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(output, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
-    if file_limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    import torch
-
-    import train
-
     torch.set_num_threads(1)
     train.LOG_EVERY = 1
     if not scored:
@@ -92,17 +61,11 @@ def _child(arguments, output, environment, scored, file_limit):
     train.main(train.parse(arguments))
 
 
-def wait(process, timeout=600):
-    """Exit status of a process from start() or fork()."""
-    if isinstance(process, subprocess.Popen):
-        return process.wait(timeout)
-    process.join(timeout)
+def wait(process):
+    """Exit status of a process from fork()."""
+    process.join(600)
     assert process.exitcode is not None, "the process hangs"
     return process.exitcode
-
-
-def running(process):
-    return process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
 
 
 # ------------------------------------------------------------------------------------------------- what must be equal
@@ -116,8 +79,6 @@ def read_log(run):
 
 def read_state(run):
     """last.pt without the flags that name the folder and what may change."""
-    import torch
-
     state = torch.load(Path(run) / "last.pt", weights_only=True)
     state["config"] = {k: v for k, v in state["config"].items() if k not in ("out", "workers", "save_every")}
     return state
@@ -125,67 +86,62 @@ def read_state(run):
 
 def difference(a, b, name="state"):
     """Where two nested states differ first, to the last bit, or None."""
-    import torch
-
     if type(a) is not type(b):
         return f"{name}: {type(a).__name__} and {type(b).__name__}"
     if isinstance(a, torch.Tensor):
         return None if a.dtype == b.dtype and torch.equal(a, b) else name
-    if isinstance(a, dict):
-        if list(a) != list(b):
-            return f"{name}: other keys"
-        return next(filter(None, (difference(a[key], b[key], f"{name}.{key}") for key in a)), None)
     if isinstance(a, (list, tuple)):
-        if len(a) != len(b):
-            return f"{name}: other length"
-        return next(filter(None, (difference(x, y, f"{name}.{i}") for i, (x, y) in enumerate(zip(a, b)))), None)
-    return None if a == b else f"{name}: {a} and {b}"
+        a, b = dict(enumerate(a)), dict(enumerate(b))
+    if not isinstance(a, dict):
+        return None if a == b else f"{name}: {a} and {b}"
+    if list(a) != list(b):
+        return f"{name}: other keys"
+    return next(filter(None, (difference(a[key], b[key], f"{name}.{key}") for key in a)), None)
+
+
+def same(a, b):
+    """None if two runs agree to the last bit in weights, optimiser, prototypes and log, else where they do not."""
+    return difference(read_state(a), read_state(b)) or difference(read_log(a), read_log(b), "log")
 
 
 # --------------------------------------------------------------------------------------------------------- the murders
 
 
-def kill_and_resume(folder, kills, seed=0, launch=start, flags=FLAGS, world=None, say=print):
-    """Train undisturbed and under fire in `folder`, assert that the end is the same -> (kills during a save, kills)."""
-    import torch
-
+def kill_and_resume(folder, kills, seed=0, flags=None):
+    """Train undisturbed and under fire in `folder`, assert that the end is the same -> kills during a save."""
     rng = random.Random(seed)
-    flags = [*flags, *(world or write_world(folder)), "--save-every", "1", "--steps", str(3 * kills + 4)]
+    flags = [*(flags or FLAGS + write_world(folder)), "--save-every", 1, "--steps", 3 * kills + 4]
     calm, fire, output = folder / "calm", folder / "fire", folder / "output.txt"
-    assert wait(launch([*flags, "--out", calm], output)) == 0, output.read_text()[-2000:]
-    writing = 0
+    last, half_written, writing = fire / "last.pt", fire / "last.pt.tmp", 0
+
+    def go_on():
+        return fork(["--resume", fire] if last.exists() else [*flags, "--out", fire], output)
+
+    assert wait(fork([*flags, "--out", calm], output)) == 0, output.read_text()[-2000:]
     for kill in range(kills):
-        saved = (fire / "last.pt").exists()
-        process = launch(["--resume", fire] if saved else [*flags, "--out", fire], output)
-        moved, half_written, mark = rng.randrange(3), fire / "last.pt.tmp", time.monotonic()
         half_written.unlink(missing_ok=True)  # of the murder before
-        last = _stamp(fire)
-        while running(process) and time.monotonic() - mark < 600:  # let it save a few times, then wait for the moment
-            if _stamp(fire) != last:
-                last, moved = _stamp(fire), moved - 1
-            if moved < 0 and (kill % 2 or half_written.exists()):
+        process, saves, seen, mark = go_on(), rng.randrange(3), _stamp(last), time.monotonic()
+        while process.is_alive() and time.monotonic() - mark < 600:  # let it save a few times, then wait for the moment
+            if _stamp(last) != seen:
+                seen, saves = _stamp(last), saves - 1
+            if saves < 0 and (kill % 2 or half_written.exists()):
                 break
             time.sleep(0.0005)
         time.sleep(rng.random() * (0.1 if kill % 2 else 0.004))
-        assert running(process), "it ended before it was killed: " + output.read_text()[-2000:]
+        assert process.is_alive(), "it ended before it was killed: " + output.read_text()[-2000:]
         os.kill(process.pid, signal.SIGKILL)
         wait(process)
         writing += half_written.exists()
-        if saved or (fire / "last.pt").exists():
-            step = torch.load(fire / "last.pt", weights_only=True)["step"]  # whole, or this raises
-            say(f"kill {kill + 1}: checkpoint of step {step} whole" + ", a next one half written" * half_written.exists())
-    resumed = ["--resume", fire] if (fire / "last.pt").exists() else [*flags, "--out", fire]
-    assert wait(launch(resumed, output)) == 0, output.read_text()[-2000:]
-    assert difference(read_state(calm), read_state(fire)) is None, difference(read_state(calm), read_state(fire))
-    assert difference(read_log(calm), read_log(fire), "log") is None, difference(read_log(calm), read_log(fire), "log")
-    return writing, kills
+        if last.exists():
+            step = torch.load(last, weights_only=True)["step"]  # whole, or this raises
+            print(f"kill {kill + 1}: checkpoint of step {step} whole" + ", a next one half written" * half_written.exists())
+    assert wait(go_on()) == 0, output.read_text()[-2000:]
+    assert same(calm, fire) is None, same(calm, fire)
+    return writing
 
 
-def _stamp(run):
-    try:
-        return (run / "last.pt").stat().st_mtime_ns
-    except FileNotFoundError:
-        return None
+def _stamp(file):
+    return file.stat().st_mtime_ns if file.exists() else None
 
 
 def main():
@@ -194,8 +150,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        writing, kills = kill_and_resume(Path(folder), given.kills, given.seed)
-    print(f"{kills} kills, {writing} of them while a checkpoint was being written: weights, optimiser and log equal "
+        writing = kill_and_resume(Path(folder), given.kills, given.seed)
+    print(f"{given.kills} kills, {writing} of them while a checkpoint was being written: weights, optimiser and log equal "
           f"those of the undisturbed run, bit for bit.")
 
 

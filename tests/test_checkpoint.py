@@ -1,11 +1,18 @@
 """Tests of checkpoint.py: a run comes back as it was saved, hostile files are refused, no crash costs the old file."""
 
+import hashlib
 import json
 import os
 import pickle
+import platform
+import signal
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from kill_and_resume import difference
+from workbench import CPU
 
 import checkpoint
 from data import UserError
@@ -13,17 +20,84 @@ from data import UserError
 torch.set_num_threads(1)
 
 
+def read(path):
+    return torch.load(path / "last.pt", weights_only=True)
+
+
 def test_a_run_is_loaded_as_it_was_saved(run, net, otp):
     loaded = checkpoint.load_run(run[0])
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(loaded.ppar(image).logits, net(image).logits)
-    state = torch.load(run[0] / "last.pt", weights_only=True)
-    assert all(torch.equal(loaded.ppar.vtp.state_dict()[name], tensor) for name, tensor in state["vtp"].items())
+    state = read(run[0])
+    assert difference(dict(loaded.ppar.vtp.state_dict()), dict(state["vtp"])) is None
     assert torch.equal(loaded.ppar.otp, otp) and loaded.step == 7 and vars(loaded.config) == run[1] and loaded.path == run[0]
     assert not loaded.ppar.training and not any(p.requires_grad for p in loaded.ppar.parameters())
     torch.save({**state, "vtp": None}, run[0] / "last.pt")
     assert checkpoint.load_run(run[0]).ppar.vtp is None
+
+
+def test_the_first_process_saves_the_whole_run_but_no_weight_that_is_not_finite(run):
+    before, module = read(run[0]), checkpoint.load_run(run[0]).ppar
+    config, optimizer = SimpleNamespace(**run[1] | dict(out=str(run[0]))), torch.optim.AdamW(module.parameters())
+    checkpoint.save(module, optimizer, config, 8, rank=1)
+    assert difference(read(run[0]), before) is None
+    checkpoint.save(module, optimizer, config, 8)
+    saved, expected = read(run[0]), before | dict(step=8, config=vars(config), optimizer=optimizer.state_dict())
+    assert saved.keys() == expected.keys() and difference(saved, {key: expected[key] for key in saved}) is None
+    module.net.classify.bias.data[3] = torch.inf
+    with pytest.raises(UserError, match="not finite after step 9"):
+        checkpoint.save(module, optimizer, config, 9)
+    assert read(run[0])["step"] == 8
+
+
+@pytest.mark.parametrize("saved, now", [(torch.contiguous_format, torch.channels_last), (torch.channels_last, torch.contiguous_format)])
+def test_moments_from_another_memory_layout_belong_to_the_same_weights(saved, now):
+    """A run may go on on a device that wants the other layout; a fused kernel reads raw memory, whatever the strides say."""
+    grads = torch.randn(2, 5, 4, 3, 3)
+    straight, moved = (torch.nn.Conv2d(4, 5, 3).to(memory_format=layout) for layout in (saved, now))
+    optimizers = [torch.optim.AdamW(conv.parameters(), lr=1e-2, fused=True) for conv in (straight, moved)]
+
+    def step(conv, optimizer, grad):
+        conv.weight.grad = torch.empty_like(conv.weight).copy_(grad)
+        optimizer.step()
+
+    step(straight, optimizers[0], grads[0])
+    moved.load_state_dict(straight.state_dict())
+    checkpoint.load_optimizer(optimizers[1], pickle.loads(pickle.dumps(dict(optimizer=optimizers[0].state_dict()))), "run")
+    for conv, optimizer in zip((straight, moved), optimizers):
+        step(conv, optimizer, grads[1])
+    assert straight.weight.stride() != moved.weight.stride() and (straight.weight - moved.weight).abs().max() < 1e-6
+
+
+def test_a_folder_takes_one_run_and_its_log_goes_back_to_the_step_of_the_checkpoint(tmp_path):
+    config, log = SimpleNamespace(clip="toy", out=str(tmp_path / "run")), tmp_path / "run" / "log.jsonl"
+    checkpoint.open_folder(config)
+    log.write_text('{"step": 1}\n')
+    checkpoint.open_folder(config)  # nothing was saved: it can be used again
+    assert not log.exists() and json.loads((tmp_path / "run" / "run.json").read_text())["config"] == vars(config)
+    (tmp_path / "run" / "last.pt").touch()
+    with pytest.raises(UserError, match="holds another run"):
+        checkpoint.open_folder(config)
+    log.write_text('{"step": 4}\n{"step": 5}\n{"step": 6, "lo')  # a row was being written
+    for step in (5, 4):
+        checkpoint.open_folder(config, step)
+        assert [row["step"] for row in map(json.loads, log.read_text().splitlines())] == [4, 5][:step - 3]
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [(part["step"], part["versions"]) for part in run["resumed"]] == [(5, run["versions"]), (4, run["versions"])]
+
+
+@pytest.mark.parametrize("git, commit, changed", [("", None, None), ("exit 128", None, None), ("echo 0a1b", "0a1b", True),
+                                                  ("exit", "", False)])
+def test_a_run_is_described_with_git_and_without(git, commit, changed, run, tmp_path, monkeypatch):
+    if git:
+        (tmp_path / "git").write_text(f"#!/bin/sh\n{git}\n")
+        (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    told = checkpoint.describe(SimpleNamespace(clip=str(run[0] / "last.pt")))
+    assert (told["commit"], told["changed_since_commit"]) == (commit, changed)
+    assert told["clip_sha256"] == hashlib.sha256((run[0] / "last.pt").read_bytes()).hexdigest()
+    assert told["versions"]["python"] == platform.python_version() and torch.__version__.startswith(told["versions"]["torch"])
 
 
 class Malicious:
@@ -35,7 +109,7 @@ class Malicious:
 
 
 def test_a_checkpoint_that_carries_code_is_refused_and_not_run(run, tmp_path):
-    state = torch.load(run[0] / "last.pt", weights_only=True)
+    state = read(run[0])
     for write in (lambda bad, f: torch.save({**state, "extra": bad}, f), pickle.dump,
                   lambda bad, f: torch.save({**state, "extra": bad}, f, _use_new_zipfile_serialization=False)):
         with open(run[0] / "last.pt", "wb") as file:
@@ -47,7 +121,7 @@ def test_a_checkpoint_that_carries_code_is_refused_and_not_run(run, tmp_path):
 
 def test_truncated_foreign_and_unfitting_checkpoints_end_in_one_sentence(run):
     file = run[0] / "last.pt"
-    whole, state = file.read_bytes(), torch.load(file, weights_only=True)
+    whole, state = file.read_bytes(), read(run[0])
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 255
     for content in (b"", whole[:100], whole[:len(whole) // 2], whole[:-30], b"hello", bytes(flipped)):
@@ -62,6 +136,9 @@ def test_truncated_foreign_and_unfitting_checkpoints_end_in_one_sentence(run):
         with pytest.raises(UserError, match=reason) as caught:
             checkpoint.load_run(run[0])
         assert "\n" not in str(caught.value)
+    for folder, reason in ((run[0] / "nothing", "no such run folder"), (run[0].parent, "no last.pt")):
+        with pytest.raises(UserError, match=reason):
+            checkpoint.load_run(folder)
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -75,21 +152,54 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert json.loads(path.read_text()) == dict(step=2) and os.listdir(tmp_path) == ["run.json"]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 1 vs 0")])
-def test_a_crash_while_writing_leaves_the_old_file_and_says_so(error, tmp_path):
+def test_a_crash_while_writing_leaves_the_old_file_and_says_why(tmp_path):
     path = tmp_path / "results.json"
     checkpoint.write_json(path, dict(mean=1.0))
 
-    def crash(file):
+    def full(file):
         file.write(b"{")
-        raise error
+        raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match="could not be written .*untouched"):
-        checkpoint.write_atomically(path, crash)
-    assert json.loads(path.read_text()) == dict(mean=1.0) and os.listdir(tmp_path) == ["results.json"]
+    def torch_on_a_full_disk(file):
+        try:
+            full(file)
+        finally:
+            raise RuntimeError("unexpected pos 1 vs 0")
+
+    for crash in (full, torch_on_a_full_disk):
+        with pytest.raises(UserError, match="could not be written .*No space left on device.*untouched"):
+            checkpoint.write_atomically(path, crash)
     with pytest.raises(ValueError):
         checkpoint.write_json(path, dict(mean=float("nan")))  # NaN is no JSON
-    assert json.loads(path.read_text()) == dict(mean=1.0)
+    assert json.loads(path.read_text()) == dict(mean=1.0) and os.listdir(tmp_path) == ["results.json"]
+
+
+def test_the_second_signal_means_it_but_not_the_echo_of_the_first(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    clock, killed = [100.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(number))
+    with checkpoint.catch_signals() as received:
+        handler = signal.getsignal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGINT) == handler
+        handler(signal.SIGTERM, None)
+        clock[0] += 1.9
+        handler(signal.SIGTERM, None)  # torchrun hands on what the scheduler has sent already
+        assert len(received) == 2 and not killed
+        clock[0] += 0.2
+        handler(signal.SIGTERM, None)
+        assert killed == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before  # after training, one kills again
+
+
+def test_auto_precision_asks_the_processor(monkeypatch):
+    for capability, able in (("AVX512", True), ("AVX512", False), ("AVX2", True)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
+        for amp, used in (("auto", able and capability == "AVX512"), ("bf16", True), ("fp32", False)):
+            bf16, autocast = checkpoint.precision(amp, CPU)
+            with autocast():
+                assert bf16 == torch.is_autocast_enabled("cpu") == used
 
 
 def test_the_doors_of_a_run_share_their_flags(run, tmp_path):
@@ -101,6 +211,14 @@ def test_the_doors_of_a_run_share_their_flags(run, tmp_path):
     with pytest.raises(SystemExit) as end, checkpoint.one_sentence("RUN"):
         raise PermissionError(13, "Permission denied", "RUN/x.png")
     assert end.value.code == "error: RUN/x.png: Permission denied; what was written before stays."
+
+
+def test_a_device_is_the_best_that_is_here_or_the_one_that_was_asked_for():
+    assert checkpoint.choose_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert checkpoint.choose_device("cpu") == CPU
+    for name in ("meta", "cuda:99"):
+        with pytest.raises(UserError, match=f"--device {name} cannot be used here"):
+            checkpoint.choose_device(name)
 
 
 def test_the_demonstration_shows_the_old_file_after_a_crash(capsys):

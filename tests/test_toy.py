@@ -1,6 +1,5 @@
 """test_toy.py: the drawn world is the same for everybody, its labels are exact, its gap is real, its CLIP is a CLIP."""
 
-import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +16,8 @@ from prototypes import TEMPLATES
 TARGETS = [name for name in toy.DOMAINS if name != "toy-gta5"]
 
 
-def digest(*arrays):
-    return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()
-
-
 @pytest.fixture(scope="module")
 def scenes():
-    """domain -> [(image, label)] of 30 training scenes."""
     return {name: [toy.draw(name, "train", index)[:2] for index in range(30)] for name in toy.DOMAINS}
 
 
@@ -36,38 +30,33 @@ DRAWN = {"toy-gta5": (115.947, 3.5358, .1013), "toy-cityscapes": (109.475, 23.41
 
 @pytest.mark.parametrize("name", toy.DOMAINS)
 def test_the_pixels_are_those_of_the_committed_weights_and_rows(name):
-    """To a few pixels, in which versions of numpy and Pillow differ."""
     drawn = [np.mean(arrays) for arrays in zip(*(toy.draw(name, "train", index, harmful=.3) for index in range(12)))]
-    assert np.abs(np.subtract(drawn, DRAWN[name])).max() < .002, np.round(drawn, 4)
+    assert np.abs(np.subtract(drawn, DRAWN[name])).max() < .002, np.round(drawn, 4)  # Pillows differ in a few pixels
 
 
-def test_scenes_are_the_same_bits_in_another_process_and_order_whatever_the_global_generator():
-    pairs = [(name, index) for name in ("toy-gta5", "toy-snow") for index in (0, 5)]
-    np.random.seed(1)
-    before = np.random.get_state()[1].copy()
-    here = [digest(*toy.draw(name, "train", index, harmful=1.0)) for name, index in pairs]
-    assert (np.random.get_state()[1] == before).all()
-    code = ("import hashlib, toy\n"
-            f"for name, index in {pairs[::-1]}:\n"
-            "    arrays = toy.draw(name, 'train', index, harmful=1.0)\n"
+def test_scenes_are_the_same_bits_in_another_process_and_order_whatever_the_global_generator(capsys):
+    code = ("import hashlib, toy\nfor name, index in {}:\n    arrays = toy.draw(name, 'train', index, harmful=1.0)\n"
             "    print(hashlib.sha256(b''.join(a.tobytes() for a in arrays)).hexdigest())")
-    there = subprocess.check_output([sys.executable, "-c", code], cwd=Path(toy.__file__).parent, text=True)
-    assert there.split() == here[::-1]
+    pairs = [(name, index) for name in ("toy-gta5", "toy-snow") for index in (0, 5)]
+    exec(code.format(pairs))
+    command = [sys.executable, "-c", code.format(pairs[::-1])]  # its global generator starts from another state
+    there = subprocess.check_output(command, cwd=Path(toy.__file__).parent, text=True).split()
+    assert len(set(there)) == 4 and there == capsys.readouterr().out.split()[::-1]
 
 
 def test_domain_split_index_and_seed_each_give_another_scene(scenes):
     base = dict(domain="toy-gta5", split="train", index=1, seed=0)
     others = [base | change for change in (dict(split="val"), dict(index=2), dict(seed=1), dict(domain="toy-bdd"))]
-    assert len({digest(toy.draw(**arguments)[1]) for arguments in (base, *others)}) == 5
-    train = {digest(label) for _, label in scenes["toy-gta5"]}
-    assert not train & {digest(toy.draw("toy-gta5", "val", index)[1]) for index in range(30)}
+    assert len({toy.draw(**arguments)[1].tobytes() for arguments in (base, *others)}) == 5
+    train = {label.tobytes() for _, label in scenes["toy-gta5"]}
+    assert not train & {toy.draw("toy-gta5", "val", index)[1].tobytes() for index in range(30)}
 
 
 @pytest.mark.parametrize("name", toy.DOMAINS)
 def test_scenes_have_the_promised_form_and_every_drawn_class(scenes, name):
-    images, labels = zip(*scenes[name])
-    assert all(image.shape == (toy.HEIGHT, toy.WIDTH, 3) and image.dtype == np.uint8 for image in images)
-    assert all(label.shape == (toy.HEIGHT, toy.WIDTH) and label.dtype == np.uint8 for label in labels)
+    images, labels = map(np.stack, zip(*scenes[name]))
+    assert images.shape == (*labels.shape, 3) == (30, toy.HEIGHT, toy.WIDTH, 3)
+    assert images.dtype == labels.dtype == np.uint8
     counts = np.stack([np.bincount(label.ravel(), minlength=256) for label in labels])
     assert set(np.flatnonzero(counts.sum(0))) - {toy.VOID} == set(toy.CLASSES)
     assert counts.sum(0)[list(toy.CLASSES)].min() >= 30
@@ -75,9 +64,9 @@ def test_scenes_have_the_promised_form_and_every_drawn_class(scenes, name):
 
 
 def test_labels_are_the_same_under_every_look_while_images_differ():
-    for index in range(2):
-        images, labels, _ = zip(*(toy.draw("toy-gta5", "val", index, look=look) for look in toy.DOMAINS))
-        assert len({digest(label) for label in labels}) == 1 and len({digest(image) for image in images}) == len(images)
+    images, labels, _ = zip(*(toy.draw("toy-gta5", "val", 0, look=look) for look in toy.DOMAINS))
+    assert all((label == labels[0]).all() for label in labels)
+    assert len({image.tobytes() for image in images}) == len(images)
 
 
 def test_painting_a_class_in_one_flat_colour_gives_the_label_back():
@@ -94,21 +83,13 @@ def test_painting_a_class_in_one_flat_colour_gives_the_label_back():
     assert plain.mean() > .2 and (np.abs(image - (10 + 12 * label))[plain] <= 1).all()
 
 
-def test_near_things_hide_far_ones():
-    canvas = toy._Canvas(110, 1.5, 40, 96)
-    for cls, z in ((toy.BUS, 30), (toy.WALL, 8)):
-        canvas.begin(cls, z)
-        canvas.front(toy.BODY, -2, 2, 0, 3)
-    assert canvas.column(0)[40, 96] == toy.WALL
-
-
 def test_the_share_of_harmful_scenes_is_the_flag_and_grows_by_adding():
-    spoilt = {share: {i for i in range(120) if toy.draw("toy-gta5", "train", i, harmful=share)[2].any()}
-              for share in (.1, .3)}
-    assert spoilt[.1] < spoilt[.3]
-    assert 4 <= len(spoilt[.1]) <= 22 and 24 <= len(spoilt[.3]) <= 50  # 3 standard deviations
-    for split, share in (("train", 0), ("val", 1)):  # validation is never spoilt
-        assert not any(toy.draw("toy-gta5", split, index, harmful=share)[2].any() for index in range(5))
+    def spoilt(split, share):
+        return {index for index in range(120) if toy.draw("toy-gta5", split, index, harmful=share)[2].any()}
+
+    few, more = spoilt("train", .1), spoilt("train", .3)
+    assert few < more and 4 <= len(few) <= 22 and 24 <= len(more) <= 50  # 3 standard deviations
+    assert not spoilt("train", 0) and not spoilt("val", 1)  # validation is never spoilt
 
 
 def test_wrong_marks_all_that_was_changed_and_a_fifth_or_more_of_the_scene():
@@ -130,15 +111,8 @@ def test_colour_alone_tells_the_class_in_the_source_and_nowhere_else():
 
 
 def test_every_scene_of_the_development_domain_has_a_weather_of_its_own(scenes):
-    """The brightness of whole scenes spreads twice as far as in a domain with one look."""
-    spread = {name: np.std([image.mean() for image, _ in pairs]) for name, pairs in scenes.items()}
+    spread = {name: np.std([image.mean() for image, _ in pairs]) for name, pairs in scenes.items()}  # of the brightness
     assert spread.pop("toy-dev") > 2 * max(spread[name] for name in set(spread) - {"toy-mapillary"})
-
-
-def test_every_domain_has_its_own_number_and_layouts_name_known_things():
-    assert len({recipe["number"] for recipe in toy.DOMAINS.values()}) == len(toy.DOMAINS)
-    for name, recipe in toy.DOMAINS.items():
-        assert set(recipe["layout"]) <= set(toy.STREET) and set(recipe["look"]) <= {*toy.PLAIN, "palette"}, name
 
 
 def test_the_embedded_clip_is_small_in_half_precision_and_knows_every_word_of_the_templates():
@@ -156,8 +130,8 @@ def test_the_embedded_clip_names_crops_in_styles_that_it_never_saw(monkeypatch, 
     toy_clip.main()
     rows = [line.rsplit(None, 9) for line in capsys.readouterr().out.splitlines()[1:]]
     top1 = {row[0].strip(): dict(zip(row[1:7:2], map(float, row[2:7:2]))) for row in rows}
-    assert np.mean([top1[name]["cut"] for name in TARGETS]) > .5
     assert set(top1) == {*toy.DOMAINS, *(toy_clip.CLASSES[c] for c in toy.CLASSES), "all domains"}
+    assert np.mean([top1[name]["cut"] for name in TARGETS]) > .5
     assert top1["all domains"] == pytest.approx(dict(native=.552, zoom=.570, cut=.719), abs=.01)
 
 
@@ -168,14 +142,14 @@ def test_a_batch_of_the_web_is_a_function_of_its_number(styles, pixels, texts, w
     assert all((a == b).all() for a, b in zip(first, again))
     assert first[0].shape == other[0].shape == (384, 32, 32, 3) and (first[0] != other[0]).any()
     images, tokens, which = first  # those that toy_clip.pt was trained on, to a few pixels
-    assert images.float().mean().item() == pytest.approx(pixels, abs=.1)
+    assert images.float().mean().item() == pytest.approx(pixels, abs=.02)
     assert (len(tokens), tokens.sum(), which.sum(), which.max() + 1) == (texts, words, order, texts)
 
 
 def test_the_web_never_shows_weather_and_lamps_that_only_targets_have():
-    for index in range(50):
-        _, look = toy_clip._web(np.random.default_rng(index))
-        assert not {"haze", "snow", "lit", "glow", "wet"} & set(look) and look["light"][0] >= .55
+    looks = [toy_clip._web(np.random.default_rng(index))[1] for index in range(50)]
+    assert not {"haze", "snow", "lit", "glow", "wet"} & set().union(*looks)
+    assert min(look["light"][0] for look in looks) >= .55
 
 
 def test_training_writes_a_file_that_loads_as_the_function_that_was_trained(tmp_path, monkeypatch, capsys):
@@ -186,11 +160,9 @@ def test_training_writes_a_file_that_loads_as_the_function_that_was_trained(tmp_
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # the other tests keep theirs
     with torch.random.fork_rng():
         toy_clip.main()
-    assert float(capsys.readouterr().out.split()[5]) == pytest.approx(5.118, abs=.02)
+    assert float(capsys.readouterr().out.split()[5]) == pytest.approx(5.018, abs=.02)
     (net, used, _), small = kept, model.load_clip(out)[0]
-    assert small.token_embedding.weight.shape[0] == 49408
-    code = small.visual.attnpool.positional_embedding
-    assert (code[len(code) // 2] == 0).all()  # moved into the biases: a pixel is read without a position code
+    assert (small.visual.attnpool.positional_embedding[1:] == 0).all()  # in the biases: pixels are read without a code
     image, tokens = torch.randn(4, 3, 32, 32), clip.tokenize(["a dark photo of a bus.", "sky"])
     with torch.no_grad():
         for got, want in ((small.encode_image(image), net.eval().encode_image(image)),

@@ -2,9 +2,10 @@
 
 import contextlib
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
-from kill_and_resume import difference, read_log, read_state
+from kill_and_resume import read_log
 from make_clip import make_clip
 
 import data
@@ -19,29 +20,20 @@ TERMS = ("loss", "seg", "align", "vtp")
 
 def main(*flags, scored=False):
     """train.main in this process, every step logged -> None, or the sentence that it ended with."""
-    evaluated, every = evaluate.evaluate_targets, train.LOG_EVERY
-    train.LOG_EVERY = 1
-    try:
-        if not scored:
-            evaluate.evaluate_targets = lambda *args, **kwargs: None
-        figures = [] if scored else ["--no-figures"]
-        train.main(train.parse([str(flag) for flag in [*flags, *figures]]))
-    except SystemExit as end:
-        assert end.code not in (0, None)
-        return str(end.code)
-    finally:
-        evaluate.evaluate_targets, train.LOG_EVERY = evaluated, every
+    score = evaluate.evaluate_targets if scored else lambda *args, **kwargs: None
+    flags = [*flags] if scored else [*flags, "--no-figures"]
+    with mock.patch.object(evaluate, "evaluate_targets", score), mock.patch.object(train, "LOG_EVERY", 1):
+        try:
+            train.main(train.parse([str(flag) for flag in flags]))
+        except SystemExit as end:
+            assert end.code not in (0, None)
+            return str(end.code)
 
 
 def trained(out, *flags):
     """Run folder of a run with these flags."""
     assert (sentence := main(*flags, "--out", out)) is None, sentence
     return out
-
-
-def same(a, b):
-    """None if two runs agree to the last bit in weights, optimiser, prototypes and log, else where they do not."""
-    return difference(read_state(a), read_state(b)) or difference(read_log(a), read_log(b), "log")
 
 
 def largest_difference(a, b):
