@@ -14,9 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from make_clip import make_clip, write_archive, write_state_dict
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import prototypes  # noqa: E402
 
 VOID = 255
 PAINT = np.array([(i // 9 * 127, i // 3 % 3 * 127, i % 3 * 127) for i in range(27)], np.uint8)  # row 19: void
@@ -116,12 +120,23 @@ def write_png16(path, pixels):
                            + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b""))
 
 
+SIZE = (72, 100)  # of the pictures; no multiple of anything
+# Every part of the method is at work from the first steps on, and the learning rate moves the weights.
+FLAGS = """--source gta5 --targets cityscapes --crop 64 --batch 4 --steps 8 --lr 1e-3 --ramp 0 0.5
+    --amp fp32 --workers 0 --device cpu""".split()
+
+
+def write_world(folder):
+    """A data root and a small CLIP -> the flags that name them."""
+    write_tiny(folder / "data", "gta5", n=5, size=SIZE)
+    write_tiny(folder / "data", "cityscapes", n=1, size=SIZE, split="val")
+    clip = write_state_dict(make_clip("resnet", layers=(1, 1, 1, 1)), folder / "clip.pt")
+    return ["--data-root", str(folder / "data"), "--clip", clip]
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Every data set of the main job in its official layout, and small CLIPs of both kinds in both formats."""
-    from kill_and_resume import FLAGS, SIZE, write_world
-    from make_clip import make_clip, write_archive, write_state_dict
-
     folder = tmp_path_factory.mktemp("world")
     flags = write_world(folder)
     write_tiny(folder / "data", "synthia", n=3, size=SIZE)
@@ -134,7 +149,6 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def net():
-    """A small network with random weights."""
     from workbench import small_net
 
     return small_net()
@@ -142,15 +156,12 @@ def net():
 
 @pytest.fixture(scope="session")
 def otp():
-    import prototypes
-
     return prototypes.random_prototypes(19, 24)
 
 
 @pytest.fixture
 def run(tmp_path, net, otp):
-    """A run folder as train.py leaves it, of `net` and `otp`, and a data root with three targets: (its path, its flags)."""
-    import torch
+    """A run folder as train.py leaves it, of `net` and `otp`, and a data root with a target: (its path, its flags)."""
     from workbench import small_net
 
     write_tiny(tmp_path / "data", "bdd", n=3, size=(40, 72), split="val")
@@ -158,7 +169,6 @@ def run(tmp_path, net, otp):
                   tau=0.07, method="ppar", text_weight=0.25, harmful=0.1, reweight=True, batch=2, seed=0, clip="toy",
                   out="elsewhere", workers=8, steps=7)
     (tmp_path / "run").mkdir()
-    vtp = small_net(seed=1).encoder.state_dict()  # CLIP as it came: not the tower that was trained
-    state = dict(model=net.state_dict(), vtp=vtp, otp=otp, arch=net.arch, config=config, step=7, optimizer={})
+    state = dict(model=net.state_dict(), vtp=small_net(seed=1).encoder.state_dict(), otp=otp, arch=net.arch, config=config, step=7, optimizer={})
     torch.save(state, tmp_path / "run" / "last.pt")
     return tmp_path / "run", config
