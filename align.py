@@ -6,10 +6,10 @@ came from language, and each pixel embedding has to be closer to the point of it
 of an unseen domain that end near the same points land on the same side of the same boundaries.
 
 There are two goals. The Original Text Prototype (OTP) is the same for every image. The Visual Text Prototype (VTP) is
-the OTP after a look at this image. The goal moves from the VTP to the OTP while training goes on.
+the OTP moved towards what this image shows. The goal walks from one to the other while training goes on.
 
     Eq. 3   L(Q; w) = sum_i w_i CE(<z_i, Q> / tau, y_i) / sum_i w_i             over the labelled pixels i
-    Eq. 4   L_align = (1 - lambda) L(VTP) + lambda L(OTP),   lambda(step / steps) from 0 to 1 without a jump
+    Eq. 4   L_align = L(p_lambda; w),   p_lambda = norm((1 - lambda) p^V + lambda p^O),   lambda without a jump
 
 z_i is emb at pixel i divided by its length, Q are the prototypes, <z_i, Q> its K cosines, y_i its label, w_i its weight.
 
@@ -83,27 +83,25 @@ def progress(step, steps, start, end):
     return 0.5 * (1 - math.cos(math.pi * min(max(x, 0.0), 1.0)))
 
 
-# our reading: "easy to difficult" is read as VTP first, OTP last, for all pixels together. The other schedules are its
-# controls. Each maps the ramp r = progress(...) to lambda, the share of the OTP in Eq. 4.
+# our reading: "from easy to difficult" is read as OTP first, VTP last, for all pixels together. By the loss, which is what
+# training feels, the OTP is the easier goal: the VTPs of one image lie closer together. (By distance the VTP is nearer.)
+# Each schedule maps the ramp r = progress(...) to lambda, the share of the OTP in Eq. 4.
 SCHEDULES = {
-    "progressive": lambda r: r,  # from VTP to OTP
-    "reversed": lambda r: 1 - r,  # from OTP to VTP: tells an order from a mixture
+    "progressive": lambda r: 1 - r,  # from OTP to VTP
+    "reversed": lambda r: r,  # from VTP to OTP: tells an order from a mixture
     "otp": lambda r: 1.0,  # the OTP from the first step
-    "vtp": lambda r: 0.0,  # the VTP to the last step
-    "both": lambda r: 0.5,  # a mixture without an order
+    "vtp": lambda r: 0.0,  # the VTP from the first step
+    "both": lambda r: 0.5,  # half way between them, without an order
+    "none": lambda r: None,  # no alignment
 }
 
 
-def progressive_alignment_map(emb, label, otp, vtp, lam, tau):
-    """Eq. 4 before its mean: (1 - lam) map(VTP) + lam map(OTP), (B, h, w), lam in [0, 1].
+def goal(otp, vtp, lam):
+    """Eq. 4: p_lambda on the arc from the VTP (lam 0) to the OTP (lam 1): (K, D), (B, K, D) -> (B, K, D), or otp itself at 1.
 
-    A goal whose share is 0 is not computed, and may be None.
+    # our reading: one goal that moves. Two losses at once would ask a pixel to be in two places.
     """
-    if lam == 0:
-        return alignment_map(emb, label, vtp, tau)
-    if lam == 1:
-        return alignment_map(emb, label, otp, tau)
-    return (1 - lam) * alignment_map(emb, label, vtp, tau) + lam * alignment_map(emb, label, otp, tau)
+    return otp if lam == 1 else F.normalize((1 - lam) * vtp + lam * otp, dim=-1)
 
 
 def _demo():
@@ -116,15 +114,15 @@ def _demo():
     optimizer = torch.optim.SGD([emb], lr=2.0)
     rows = []
     for step in range(101):
-        lam = progress(step, 100, 0.2, 0.8)
-        rows.append([alignment_loss(emb, label, goal, tau=0.1).item() for goal in (vtp, otp)])
+        lam = SCHEDULES["progressive"](progress(step, 100, 0.2, 0.8))
+        rows.append([alignment_loss(emb, label, prototypes, tau=0.1).item() for prototypes in (otp, vtp)])
         if step % 25 == 0:
-            print(f"step {step:3d}   lambda {lam:.2f}   loss to VTP {rows[-1][0]:.3f}   loss to OTP {rows[-1][1]:.3f}")
+            print(f"step {step:3d}   lambda {lam:.2f}   loss to OTP {rows[-1][0]:.3f}   loss to VTP {rows[-1][1]:.3f}")
         optimizer.zero_grad()
-        progressive_alignment_map(emb, label, otp, vtp, lam, tau=0.1).mean().backward()
+        alignment_loss(emb, label, goal(otp, vtp, lam), tau=0.1).backward()
         optimizer.step()
-    assert rows[25][0] < rows[25][1], "the walk goes to the VTP first"
-    assert rows[-1][1] < rows[25][1] < rows[0][1], "and ends at the OTP"
+    assert rows[25][0] < rows[25][1], "the walk goes to the OTP first"
+    assert rows[-1][1] < rows[25][1] < rows[0][1], "and ends at the VTP"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ computed here on the source and on every target, and the inequalities are checke
     Eq. 12   R_T <= R_S + g A_S + L A_T + osc(h) TV(pi_S, pi_T)     the hub: both domains meet at the prototypes
     Eq. 13   R_T <= E[h_y + L_y |z - p_y|~]                         never larger, but does not mention the source
     Eq. 25   R_T <= E[h_y + |grad l(z, y)| |z - p_y|~]              the same with the slope where each pixel stands
-    Eq. 16   A^O <= A^V + G                                         two legs: pixel to VTP, VTP to OTP
+    Eq. 16   A^O <= A^V + G                                         the debt of a goal, here that of the VTP
 
 They hold for any two finite sets of pixels: a broken one is a bug and not a discovery. What the numbers tell is which term
 is large, which one a method moves, and how much is slack. Targets are read for analysis only, after training.
@@ -117,21 +117,16 @@ def measure(run, items, limit, weights=False):
     config, otp, images = run.config, run.ppar.otp, []
     for item in data.evenly(items, limit or len(items)):
         image, label = data.load_pair(item, config.mapillary)
-        out, _, grid = ppar.look(run.ppar, data.to_tensor(image).to(otp.device), torch.from_numpy(label).to(otp.device))
+        out, full, grid = ppar.look(run.ppar, data.to_tensor(image), label)
         valid = grid[0] != VOID
         y = grid[0][valid]  # (n,)
         terms = pixel_terms(out.emb[0].permute(1, 2, 0)[valid].float(), y, otp, config.tau)
-        terms["omega"] = ppar.reliability(out, otp, grid, config.tau)[0][valid]
+        if weights:  # Eq. 6 with the ramp at 1
+            terms["weight"] = ppar.labels_on_grid(ppar.learning_weights(out, otp, full, config, ramp=1.0), out.emb)[0][valid]
         if out.vtp is not None:
             terms["radius_vtp"] = ppar.distance(out.emb, grid, out.vtp)[0][valid]
             terms["gap"] = (out.vtp[0] - otp).norm(dim=1)[y]
         images.append({name: value.cpu() for name, value in terms.items()})
-    for start in range(0, len(images) if weights else 0, config.batch):  # Eq. 6 with the ramp at 1, in the run's own batches
-        batch = images[start:start + config.batch]  # one map (B, 1, longest): images with fewer pixels end in void
-        omega = pad_sequence([terms["omega"] for terms in batch], batch_first=True)[:, None]
-        label = pad_sequence([terms["label"] for terms in batch], batch_first=True, padding_value=VOID)[:, None]
-        for terms, weight in zip(batch, ppar.weights_of(omega, label, config, ramp=1.0)[:, 0]):
-            terms["weight"] = weight[:len(terms["label"])]
     domain = {name: torch.cat([terms[name] for terms in images]) for name in images[0]}
     if not len(domain["label"]):
         raise UserError(f"{items[0].dataset}: none of the {len(images)} images read has a labelled pixel; check the labels.")
@@ -169,7 +164,7 @@ def describe(source, domain, otp, tau):
     row["right"] = hub_bound(mean(source, "left"), mean(source, "radius_otp"), *terms)
     row["vacuous"] = row["right"] > row["ceiling"]
     row["slope_measured"] = (row["left"] - mean(domain, "hub")) / max(row["radius_otp"], 1e-12)  # an L that would have done
-    if (domain["weight"] != 1).any():  # Eq. 18: what the weights gain; Eq. 21: with means per class, the shift is 0
+    if (domain["weight"] != 1).any():  # Eq. 18: what the weights change; Eq. 21: how far they move the shares
         row.update(risk_weighted=mean(weighted, "left"), radius_weighted=mean(weighted, "radius_otp"),
                    share_shift=total_variation(share_t, shares(weighted, len(otp))))
     chain = [row[name] for name in ("left", "right_local", "right_direct", "right")]  # Eq. 25 and 13, and with them 12
@@ -189,7 +184,7 @@ def measure_run(run, limit=200):
 
     def sources(split, harmful):
         lists = [data.list_items(name, config.data_root, split, config.holdout, harmful) for name in config.source]
-        return mixture([measure(run, items, limit, split == "train" and config.reweight != "none") for items in lists])
+        return mixture([measure(run, items, limit, split == "train" and config.reweight) for items in lists])
 
     print(f"Measuring the bound of {run.path}; targets are read here for analysis only, after training.")
     domains = {"source": sources("train", config.harmful)}

@@ -3,7 +3,7 @@
 A run is a folder. A crash, a full disk or a kill at any moment must leave it usable, and a file that this project did
 not write must be refused before any of it runs.
 
-    last.pt       model, vtp, otp, arch, config, optimizer, step     written whole or not at all, read with weights_only
+    last.pt       model, vtp (the CLIP that Eq. 2 asks), otp, arch, config, optimizer, step     written whole or not at all, read with weights_only
     run.json      command, flags, versions, commit, machine; one more entry for every resumption
     log.jsonl     one JSON object per logged step; after a resume, only rows up to the checkpoint's step stay
 
@@ -126,7 +126,7 @@ def save(ppar, optimizer, config, step, rank=0):
                         f"lower --lr, or look at the data (python data.py --check).")
     if rank > 0:
         return
-    content = dict(model=ppar.net.state_dict(), vtp=ppar.vtp and ppar.vtp.state_dict(), otp=ppar.otp, arch=ppar.net.arch,
+    content = dict(model=ppar.net.state_dict(), vtp=ppar.clip and ppar.clip.state_dict(), otp=ppar.otp, arch=ppar.net.arch,
                    optimizer=optimizer.state_dict(), step=step, config=vars(config))
     write_atomically(os.path.join(config.out, "last.pt"), lambda file: torch.save(content, file))
 
@@ -174,8 +174,8 @@ def load_weights(ppar, state, folder):
     with refuse_misfit(folder):
         ppar.net.load_state_dict(state["model"])
         ppar.otp.copy_(state["otp"])
-        if ppar.vtp is not None:
-            ppar.vtp.load_state_dict(state["vtp"])
+        if ppar.clip is not None:
+            ppar.clip.load_state_dict(state["vtp"])
 
 
 def load_optimizer(optimizer, state, folder):
@@ -196,16 +196,12 @@ def load_run(folder, device="cpu"):
     import torch
     from model import SegmentationNet
     from ppar import PPAR
-    from prototypes import VisualTextPrototypes
     state = read(folder)
     with refuse_misfit(folder):
-        vtp = None
-        if state["vtp"]:
-            width, dim = state["vtp"]["query.weight"].shape
-            layers = 1 + max(int(name.split(".")[2]) for name in state["vtp"] if name.startswith("decoder.layers."))
-            vtp = VisualTextPrototypes(dim, width=width, layers=layers)
-        ppar = PPAR(SegmentationNet.from_arch(state["arch"]), torch.empty_like(state["otp"]), vtp)
-        config, step = SimpleNamespace(**state["config"]), int(state["step"])
+        net, clip = (SegmentationNet.from_arch(state["arch"]) for _ in range(2))
+        config = SimpleNamespace(**state["config"])
+        ppar = PPAR(net, torch.empty_like(state["otp"]), clip.encoder if state["vtp"] else None, config.tau)
+        step = int(state["step"])
     load_weights(ppar, state, folder)
     return Run(ppar.eval().requires_grad_(False).to(device), config, step, Path(folder))
 

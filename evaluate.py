@@ -55,7 +55,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from align import cosine_similarity_map
+import ppar
 from data import VOID, UserError
 from model import pad
 
@@ -105,38 +105,16 @@ def mean_iou(conf):
     return iou(conf).nanmean().item()
 
 
-def auroc(score, positive):
-    """Area under the ROC curve: how often a positive scores above a negative, ties counting half. Any one shape."""
-    score, positive = np.asarray(score, np.float64).ravel(), np.asarray(positive, bool).ravel()
-    n_pos, n_neg = int(positive.sum()), int((~positive).sum())
-    if not n_pos or not n_neg:
-        return math.nan
-    _, group, size = np.unique(score, return_inverse=True, return_counts=True)
-    rank = np.cumsum(size) - (size - 1) / 2  # tied scores share the mean of their ranks
-    return float((rank[group][positive].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
-
-
 # ---------------------------------------------------------------------------------------------------- predicting
 
 
-def make_scorer(ppar, config):
-    """score(image (B, 3, H, W), any size) -> log-probabilities (B, K, H, W): decoder and text, weighted by beta.
-
-    # our reading: the abstract does not say how to predict. beta is --text-weight: 0 asks the decoder alone, 1 the text
-    alone, which on an untrained network is CLIP's zero-shot segmentation. Mixed before the resize and normalised once
-    after it: nothing but the last two arrays is ever made at full size.
-    """
-    beta = config.text_weight
+def make_scorer(module, config):
+    """score(image (B, 3, H, W), any size) -> log-probabilities (B, K, H, W), from a ppar.PPAR and its flags."""
 
     @torch.no_grad()
     def score(image):
-        padded = pad(image, ppar.net.encoder.multiple)
-        out = ppar.net(padded)
-        logits = out.logits.float()
-        if beta:
-            text = cosine_similarity_map(out.emb, ppar.otp) / config.tau
-            text = F.interpolate(text, size=logits.shape[2:], mode="bilinear", align_corners=False)
-            logits = (1 - beta) * logits + beta * text
+        padded = pad(image, module.net.encoder.multiple)
+        logits = ppar.prediction(module.net(padded), module.otp, config)
         logits = F.interpolate(logits, size=padded.shape[2:], mode="bilinear", align_corners=False)
         return logits[..., :image.shape[2], :image.shape[3]].log_softmax(1)
 

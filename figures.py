@@ -2,10 +2,10 @@
 
 A table says how much; a figure says what. Each of them asks one question of the method:
 
-    predictions_TARGET.png   image, truth, prediction (beside a second run's), omega (Eq. 5) from the OTP       where does it fail?
-    reliability.png          omega of Eq. 5 beside the pixels that really are harmful, with its AUROC       does it find them?
-    embedding.png            pixels and prototypes in two dimensions, before and after training             did they meet?
-    curves.png               the alignment radii to VTP and OTP over training, with lambda of Eq. 4         in which order?
+    predictions_TARGET.png   image, truth, prediction (beside a second run's), omega of Eq. 5        where does it fail?
+    reliability.png          omega and w of Eq. 6 beside the pixels that really are harmful          does it find them?
+    embedding.png            pixels and prototypes in two dimensions, before and after training      did they meet?
+    curves.png               distance and loss to OTP and VTP over training, with lambda of Eq. 4    which goal is easy?
     overlay_NAME.png         the prediction laid over a picture of the user's own
 
     python figures.py RUN --compare RUN2                              of a finished run, beside another
@@ -23,6 +23,7 @@ import math
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import checkpoint
 
@@ -40,14 +41,14 @@ if __name__ == "__main__":  # before the imports that take seconds, so that --he
     ARGS = parse(sys.argv[1:])
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 import data
 import ppar
+import reweight
 import toy
 from data import VOID, UserError, colours
-from evaluate import auroc, find_targets, make_scorer, predict
+from evaluate import find_targets, make_scorer, predict
 from model import SegmentationNet, load_clip
 
 SCENES = 64  # drawn training scenes on which reliability is scored; about 6 of them harmful by default
@@ -96,20 +97,20 @@ def figure_predictions(path, rows, title="", inches=3.2):
 
 
 def figure_reliability(path, scenes, note=""):
-    """Eq. 5 as a detector: scenes of (image, label as given, wrong (H, W) bool, omega (H, W)); returns the AUROC.
+    """Eq. 6 as a detector: scenes of (image, label as given, wrong (H, W) bool, omega, weight (H, W)) -> (found, mistaken).
 
-    A pixel is suspected by 1 - omega. All labelled pixels of all scenes count; the first scenes are drawn.
+    found     share of the harmful pixels that lose weight, of all labelled pixels of all scenes
+    mistaken  share of the others that do
     """
-    valid = [label != VOID for _, label, _, _ in scenes]
-    area = auroc(np.concatenate([1 - scene[3][v] for scene, v in zip(scenes, valid)]),
-                 np.concatenate([scene[2][v] for scene, v in zip(scenes, valid)]))
-    shown = [k for k, scene in enumerate(scenes) if (scene[2] & valid[k]).any()] or [0]  # there is something to find
+    kept, wrong = (np.concatenate([scene[k][scene[1] != VOID] for scene in scenes]) for k in (4, 2))
+    found, mistaken = (1 - kept[wrong]).mean(), (1 - kept[~wrong]).mean()
+    shown = [scene for scene in scenes if scene[2].any()] or scenes  # there is something to find
     rows = [{"image": image, "label as given": label, "harmful (truth)": wrong & (label != VOID),
-             "reliability, Eq. 5": np.where(label != VOID, omega, np.nan)}
-            for image, label, wrong, omega in (scenes[k] for k in shown[:5])]
-    figure_predictions(path, rows, f"Reliability as a detector of harmful source pixels: AUROC {area:.3f} "
+             "reliability omega, Eq. 5": np.where(label != VOID, omega, np.nan), "weight w, Eq. 6": np.where(label != VOID, weight, np.nan)}
+            for image, label, wrong, omega, weight in shown[:5]]
+    figure_predictions(path, rows, f"{found:.0%} of the harmful source pixels lose their weight, and {mistaken:.1%} of the others "
                                    f"({len(scenes)} scenes{note})")
-    return area
+    return found, mistaken
 
 
 def figure_embedding(path, stages):
@@ -142,18 +143,16 @@ def figure_embedding(path, stages):
 
 
 def figure_curves(path, log):
-    """Alignment radii (mean distance of a pixel from the prototype of its class) and lambda (Eq. 4) over training."""
+    """Mean distance and mean loss of the pixels to the prototypes of their class, and lambda (Eq. 4), over training."""
     rows = [row for row in log if "radius_otp" in row]
-    step = [row["step"] for row in rows]
-    fig = _figure(7, 5)
-    top, bottom = fig.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    for key, name in (("radius_vtp", "to VTP, the first goal"), ("radius_otp", "to OTP, the second goal")):
-        if any(row.get(key) is not None for row in rows):
-            top.plot(step, [math.nan if row.get(key) is None else row[key] for row in rows], label=name)
-    top.set_ylabel("alignment radius")
-    top.legend(frameon=False)
-    bottom.plot(step, [math.nan if row.get("lam") is None else row["lam"] for row in rows], color="0.3")
-    bottom.set(xlabel="step", ylabel="lambda (Eq. 4)", ylim=(-0.05, 1.05))
+    fig = _figure(7, 8)
+    for ax, (kind, name) in zip(fig.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1)),
+                                (("radius_", "distance"), ("loss_", "loss, Eq. 3"), ("lam", "lambda, Eq. 4"))):
+        for key in (key for key in rows[0] if key.startswith(kind)):
+            ax.plot([row["step"] for row in rows], [math.nan if row[key] is None else row[key] for row in rows],
+                    label="to the " + key[-3:].upper(), color={"vtp": "C0", "otp": "C1"}.get(key[-3:], "0.3"))
+        ax.set_ylabel(name)
+        ax.legend(frameon=False) if "_" in kind else ax.set(xlabel="step", ylim=(-0.05, 1.05))
     return _finish(fig, path, classes=())
 
 
@@ -175,13 +174,11 @@ def draw_figures(run, compare=None):
 
 def _draw_reliability(run, source, path):
     """Only drawn scenes know which of their pixels are harmful."""
-    scenes, harmful = [], run.config.harmful or 0.1
-    for index in range(SCENES):
-        image, label, wrong = toy.draw(source, "train", index, harmful=harmful)
-        scenes.append((image, label, wrong, _omega(run, data.to_tensor(image), label, both=True)))
+    drawn = [toy.draw(source, "train", index, harmful=run.config.harmful or 0.1) for index in range(SCENES)]
+    scenes = [(image, label, wrong, *_trust(run, data.to_tensor(image), label)) for image, label, wrong in drawn]
     note = "" if run.config.harmful else ", spoilt for this figure alone: the run saw them clean"
-    area = figure_reliability(path, scenes, note)
-    print(f"reliability (Eq. 5) as a detector of harmful pixels in {len(scenes)} source scenes{note}: AUROC {area:.3f}")
+    found, mistaken = figure_reliability(path, scenes, note)
+    print(f"Eq. 6 in {len(scenes)} source scenes{note}: {found:.0%} of the harmful pixels lose their weight, {mistaken:.1%} of the others")
     print("figure:", path)
 
 
@@ -211,25 +208,25 @@ def _prediction_row(run, item, compare):
     for who in filter(None, (compare, run)):
         title = f"compared: {who.path.name}" if who is compare else "prediction" + f": {who.path.name}" * bool(compare)
         row[title] = predict(make_scorer(who.ppar, who.config), tensor, label.shape)
-    row["omega from the OTP, Eq. 5"] = np.where(label != VOID, _omega(run, tensor, label), np.nan)
+    row["omega, Eq. 5"] = np.where(label != VOID, _trust(run, tensor, label)[0], np.nan)
     return row
 
 
-def _omega(run, image, label, both=False):
-    """Eq. 5 at every pixel of one picture, (H, W); from OTP alone or, as training weighs, from OTP and VTP together."""
-    device = run.ppar.otp.device
-    out, padded, _ = ppar.look(run.ppar, image.to(device), torch.from_numpy(label).to(device))
-    out = out if both else out._replace(vtp=None)
-    omega = ppar.reliability(out, run.ppar.otp, padded, run.config.tau)
-    return omega[0, :label.shape[0], :label.shape[1]].cpu().numpy()
+def _trust(run, image, label):
+    """Eq. 5 and Eq. 6 with the ramp at 1 for one picture: omega, weight (H, W)."""
+    out, padded, _ = ppar.look(run.ppar, image, label)
+    config = SimpleNamespace(**{**vars(run.config), "reweight": True})
+    omega = reweight.reliability(ppar.prediction(out, run.ppar.otp, config), padded)
+    weight = ppar.learning_weights(out, run.ppar.otp, padded, config, ramp=1.0)
+    return [x[0, :label.shape[0], :label.shape[1]].cpu().numpy() for x in (omega, weight)]
 
 
 def _pixels(module, items, mapillary, per_class=40):
     """Cells of some images and their labels, of each class as many as there are, to a limit: emb (n, D), label (n,)."""
-    device, embs, labels = module.otp.device, [], []
+    embs, labels = [], []
     for item in items:
         image, label = data.load_pair(item, mapillary)
-        out, _, grid = ppar.look(module, data.to_tensor(image).to(device), torch.from_numpy(label).to(device))
+        out, _, grid = ppar.look(module, data.to_tensor(image), label)
         embs.append(out.emb[0].flatten(1).T.cpu().numpy())
         labels.append(grid.flatten().byte().cpu().numpy())
     emb, label = np.concatenate(embs), np.concatenate(labels)
@@ -278,13 +275,13 @@ def main(args):
 
 
 def _demo():
-    """A made-up opinion that suspects just the harmful pixels of two drawn scenes, drawn and scored."""
+    """A made-up opinion that doubts just the harmful pixels of two drawn scenes, drawn and scored."""
     drawn = [toy.draw("toy-gta5", "train", index, harmful=1.0) for index in range(2)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "reliability.png"
-        area = figure_reliability(path, [(image, label, wrong, np.where(wrong, 0.2, 0.8)) for image, label, wrong in drawn])
-        print(f"AUROC {area:.1f}, drawn on {Image.open(path).size} pixels")
-    assert area == 1
+        found, mistaken = figure_reliability(path, [(*scene, np.where(scene[2], 0.2, 0.8), 1.0 - scene[2]) for scene in drawn])
+        print(f"found {found:.0%}, mistaken {mistaken:.0%}, drawn on {Image.open(path).size} pixels")
+    assert (found, mistaken) == (1, 0)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 CLIP answers one question per image: which text fits? Its last layer pools all positions into one vector, and where
 things are is lost. Segmentation asks the question at every pixel. So the last projection is applied to every position
 instead of to the pooled one, and each pixel gets a vector in the space in which CLIP's text lives. This is where
-alignment (align.py) starts. Pooled as CLIP does it, the same features give CLIP's own answer.
+alignment (align.py) starts.
 
     ResNet     z = c_proj(v_proj(f)) at every position of the last feature map f: the value path of CLIP's attention pool,
                which is what the pool returns if it attends to that position alone (without its position code)
@@ -14,7 +14,6 @@ alignment (align.py) starts. Pooled as CLIP does it, the same features give CLIP
 Shapes
     image    (B, 3, H, W)     CLIP-normalised, H and W multiples of 32 (ResNet) or of the patch (ViT): see `pad`
     emb      (B, D, h, w)     unit norm over D; h = H / stride
-    pooled   (B, D)           unit norm: CLIP's own embedding of the whole image
     logits   (B, K, H/4, W/4) scores of the decoder; the caller resizes them to the label
 
 Not here: text (prototypes.py), losses (align.py, ppar.py), the training of toy_clip.pt (toy_clip.py).
@@ -39,7 +38,7 @@ with warnings.catch_warnings():  # clip-anytorch still asks setuptools for its v
 from data import UserError
 
 TOY_CLIP = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy_clip.pt")  # the small CLIP of the drawn world
-Dense = namedtuple("Dense", "logits emb pooled")  # what the network says about a batch of images; shapes as above
+Dense = namedtuple("Dense", "logits emb")  # what the network says about a batch of images; shapes as above
 
 
 # ---------------------------------------------------------------------------------------------------- CLIP, from file
@@ -154,11 +153,10 @@ def _resize_position(position, h, w):
 
 
 class DenseCLIP(nn.Module):
-    """CLIP's image tower with the position kept: image -> (low, z, pooled).
+    """CLIP's image tower with the position kept: image -> (low, z).
 
     low     (B, C, H/4, W/4) for a ResNet (first stage), (B, C, h, w) for a ViT (half of the blocks): edges, for the decoder
     z       (B, D, h, w)     dense embedding, not yet normalised (theory.md's z is its direction, `emb`)
-    pooled  (B, D)           what encode_image returns (for a ResNet: of the same image, at native stride)
 
     `visual` itself is changed: dilated, and made trainable. Who still needs CLIP as it was hands over a copy.
     """
@@ -177,7 +175,7 @@ class DenseCLIP(nn.Module):
             self.low_channels = visual.layer1[-1].conv3.out_channels
             pool = visual.attnpool
             for part in (pool.q_proj, pool.k_proj, pool.positional_embedding):
-                part.requires_grad_(False)  # only `pooled` uses them, and the baseline has no loss on it: no gradient
+                part.requires_grad_(False)  # of the pooling, which is left out
         # our reading: batch normalisation stays as CLIP left it, in train() too. Its statistics come from 400 million
         # pictures; a batch of eight frames of a game would overwrite them with the source's colours.
         self.norms = [module.requires_grad_(False) for module in visual.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -225,7 +223,7 @@ class DenseCLIP(nn.Module):
         # four neighbours. Without it labels meet the embeddings of neighbours, and nothing fails.
         for dim in (2, 3) if step > 1 else ():
             z = (_neighbour(z, dim, 1 - step // 2) + _neighbour(z, dim, -(step // 2))) / 2
-        return low, z, attention_pool(v.attnpool, feat[..., ::step, ::step])
+        return low, z
 
     def _forward_vit(self, image):
         v = self.visual
@@ -238,23 +236,12 @@ class DenseCLIP(nn.Module):
         x = v.transformer.resblocks[:half](x)
         low = x[1:].permute(1, 2, 0).unflatten(2, (h, w))  # our reading: no finer map, so an earlier one
         x = v.ln_post(v.transformer.resblocks[half:](x).transpose(0, 1)) @ v.proj  # (B, 1 + hw, D)
-        return low, x[:, 1:].transpose(1, 2).unflatten(2, (h, w)), x[:, 0]
-
-
-def attention_pool(pool, feat):
-    """CLIP's attention pooling pool(feat), but on a grid of any size: feat (B, C, h, w), an AttentionPool2d -> (B, D)."""
-    tokens = feat.flatten(2).transpose(1, 2)  # (B, hw, C): all positions answer, their mean asks
-    tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
-    tokens = tokens + _resize_position(pool.positional_embedding, *feat.shape[2:]).to(tokens.dtype)
-    qkv = pool.q_proj(tokens[:, :1]), pool.k_proj(tokens), pool.v_proj(tokens)
-    query, key, value = (x.unflatten(2, (pool.num_heads, -1)).transpose(1, 2) for x in qkv)  # (B, heads, tokens, C / heads)
-    answer = F.scaled_dot_product_attention(query, key, value)  # (B, heads, 1, C / heads)
-    return pool.c_proj(answer.transpose(1, 2).flatten(2)).squeeze(1)
+        return low, x[:, 1:].transpose(1, 2).unflatten(2, (h, w))
 
 
 # ------------------------------------------------------------------------------------------------ the whole network
 class SegmentationNet(nn.Module):
-    """Dense CLIP and a light decoder: image (B, 3, H, W) -> Dense(logits, emb, pooled). The same for every method."""
+    """Dense CLIP and a light decoder: image (B, 3, H, W) -> Dense(logits, emb). The same for every method."""
 
     def __init__(self, visual, num_classes=19, stride=16, width=None):
         super().__init__()
@@ -282,27 +269,31 @@ class SegmentationNet(nn.Module):
         return cls(**{**arch, "visual": tower(**visual)})
 
     def forward(self, image):
-        low, z, pooled = self.encoder(image)
-        emb, pooled = (F.normalize(x.float(), dim=1) for x in (z, pooled))  # a sum of squares in float16 ends at 65504
+        low, z = self.encoder(image)
+        emb = F.normalize(z.float(), dim=1)  # a sum of squares in float16 ends at 65504
         # The decoder reads the *normalised* embedding (times sqrt(D), so that its entries are of order 1): the length
         # of z carries no class, but it does carry contrast and brightness, that is, the domain.
         maps = self.high(emb * emb.shape[1] ** 0.5), self.low(low)
         size = (image.shape[2] // 4, image.shape[3] // 4)
         x = torch.cat([F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in maps], dim=1)
-        return Dense(self.classify(self.fuse(x)), emb, pooled)
+        return Dense(self.classify(self.fuse(x)), emb)
 
 
 def _demo():
-    """A small random CLIP of each kind: our dense tower gives CLIP's own image embedding, and a map besides."""
+    """A small random CLIP of each kind: our dense tower holds the very cells that CLIP's own forward pass goes through."""
     torch.manual_seed(0)
     image = torch.randn(2, 3, 64, 64)
     for visual in (ModifiedResNet((1, 1, 1, 1), 64, 8, 64, 16).eval(), VisionTransformer(64, 16, 64, 2, 1, 64).eval()):
+        last, seen = getattr(visual, "layer4", None) or visual.transformer.resblocks[-1], []
+        last.register_forward_hook(lambda module, args, output: seen.append(output))
         with torch.no_grad():
-            expected = F.normalize(visual(image), dim=1)
+            visual(image)
             out = SegmentationNet(visual, stride=8).eval()(image)
+        ours = seen[1][..., ::4, ::4] if seen[1].dim() == 4 else seen[1]  # of a ResNet at stride 8, every fourth cell was CLIP's
+        difference = ((ours - seen[0]).abs().max() / seen[0].std()).item()
         print(f"{type(visual).__name__:17s}  emb {tuple(out.emb.shape)}  logits {tuple(out.logits.shape)}  "
-              f"largest difference from encode_image {(out.pooled - expected).abs().max():.1e}")
-        assert torch.allclose(out.pooled, expected, atol=1e-4)
+              f"largest difference from CLIP's last layer {difference:.1e} of its spread")
+        assert difference < 1e-4
 
 
 if __name__ == "__main__":

@@ -58,12 +58,10 @@ class Config:
     align: str = option("progressive", "lambda's schedule (Eq. 4); none: no L_align",
                         choices=("progressive", "reversed", "otp", "vtp", "both", "none"))
     w_align: float = option(1.0, "weight of L_align in Eq. 7", POSITIVE)
-    w_vtp: float = option(0.2, "weight of L(VTP; 1) in Eq. 7: trains the VTP, and pulls pixels to it; 0: not computed", AT_LEAST_0)
-    tau: float = option(0.07, "temperature of Eq. 3 and 5", POSITIVE)
-    ramp: tuple[float, ...] = option((0.1, 0.6), "fractions of the run between which lambda (Eq. 4) and ramp (Eq. 6) rise", RAMP)
-    reweight: str = option("class", "weights of Eq. 6: means of a class or of the batch, or one weight an image",
-                           choices=("none", "class", "batch", "image"))
-    balance: float = option(0.0, "a control, not of the paper: weights times n_c^-balance, n_c pixels of the class in the batch", SHARE)
+    tau: float = option(0.07, "temperature of Eq. 2, 3 and of the text score", POSITIVE)
+    ramp: tuple[float, ...] = option((0.05, 0.3), "fractions of the run between which lambda (Eq. 4) falls and ramp (Eq. 6) rises", RAMP)
+    reweight: bool = option(True, "learning weights of Eq. 6")
+    balance: float = option(0.5, "not of the paper: weights times n_c^-balance, n_c the weight of the class in the batch", SHARE)
     text_weight: float = option(0.5, "share of the text score <z, OTP> / tau in the prediction", SHARE)
     # the network and its optimiser
     stride: int = option(None, "stride of a ResNet's dense embedding (a ViT's is its patch)", choices=(8, 16, 32))
@@ -72,8 +70,8 @@ class Config:
     batch: int = option(None, "images a step, over all processes", AT_LEAST_1)
     micro_batch: int = option(0, "images at a time in each process, same loss and gradient; 0: all at once", AT_LEAST_0)
     crop: int = option(None, "side of the training crop in pixels", ("at least 32", lambda x: x >= 32))
-    lr: float = option(None, "learning rate of the decoder and the VTP", POSITIVE)
-    lr_clip: float = option(0.1, "factor on it for CLIP's own weights", AT_LEAST_0)
+    lr: float = option(None, "learning rate of the decoder", POSITIVE)
+    lr_clip: float = option(None, "factor on it for CLIP's own weights", AT_LEAST_0)
     seed: int = option(0, "of initial weights, data order and augmentation", AT_LEAST_0)
     # the machine
     out: str = option(None, "run folder; default runs/METHOD-SOURCES-seedN")
@@ -88,13 +86,13 @@ class Config:
 
 # our reading: the abstract names no recipe. Real data: the nearest published ones (README, "Train at scale").
 PRESETS = {
-    "real": dict(targets=("cityscapes", "bdd", "mapillary"), harmful=0.0, clip="RN50", stride=16, freeze=1,
-                 steps=40000, batch=8, crop=512, lr=1e-4, amp="auto", workers=8),
+    "real": dict(targets=("cityscapes", "bdd", "mapillary"), harmful=0.0, clip="RN50", stride=16, freeze=3,
+                 steps=40000, batch=8, crop=512, lr=1e-4, lr_clip=0.1, amp="auto", workers=8),
     "toy": dict(targets=("toy-cityscapes", "toy-bdd", "toy-mapillary", "toy-night", "toy-fog", "toy-snow"), harmful=0.1,
-                clip="toy", stride=8, freeze=0, steps=400, batch=8, crop=96, lr=3e-3, amp="fp32", workers=2),  # fp32: same bits
+                clip="toy", stride=8, freeze=3, steps=400, batch=8, crop=96, lr=3e-3, lr_clip=0.03, amp="fp32", workers=2),  # fp32: same bits
 }
 # What --method erm switches off. All else stays, at the same seed to the bit: data, initial weights, optimiser.
-ERM = dict(align="none", w_vtp=0.0, reweight="none", text_weight=0.0)
+ERM = dict(align="none", reweight=False, text_weight=0.0)
 # What may differ between a run and its continuation. None of it changes a weight, but a device rounds in its own way.
 MAY_CHANGE_ON_RESUME = {"device", "workers", "save_every", "data_root", "figures"}
 WARMUP = 0.05  # fraction of the run over which the learning rate rises
@@ -151,6 +149,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import align  # noqa: E402
 import checkpoint  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
@@ -241,22 +240,23 @@ def backward(network, image, label, config, step, autocast):
 
     with autocast(), torch.set_grad_enabled(len(images) == 1):
         outputs = [network(part) for part in images]
-    whole = ppar.Output(*(None if x[0] is None else torch.cat(x).detach().requires_grad_() for x in zip(*outputs)))
+    whole = ppar.Output(*(None if x[0] is None else torch.cat(x).detach() for x in zip(*outputs)))
+    leaves = [x.requires_grad_() for x in (whole.logits, whole.emb)]
     terms, row = ppar.objective(whole, module.otp, label, config, step, sum_over_processes)
     sum(terms.values()).backward()
 
     # DDP takes the mean over processes where ours are to be summed, and waits for a gradient of every output.
-    grads = [processes * (torch.zeros_like(x) if x.grad is None else x.grad) for x in whole if x is not None]
+    grads = [processes * (torch.zeros_like(x) if x.grad is None else x.grad) for x in leaves]
     for start, part in zip(range(0, len(image), size), images):
         with contextlib.nullcontext() if part is images[-1] or processes == 1 else network.no_sync():
             with autocast():
                 out = outputs[0] if len(images) == 1 else network(part)
-            torch.autograd.backward([x for x in out if x is not None], [grad[start:start + len(part)] for grad in grads])
+            torch.autograd.backward([out.logits, out.emb], [grad[start:start + len(part)] for grad in grads])
 
     values = sum_over_processes(torch.stack(list(terms.values())).detach()).tolist()
     row = dict(loss=sum(values), **dict(zip(terms, values)), **row)
     for name, value in reversed(row.items()):
-        if not math.isfinite(value):
+        if value is not None and not math.isfinite(value):
             raise UserError(f"the loss term `{name}` is {value} at step {step + 1}: the last good checkpoint, if one was "
                             f"written, stays in {config.out}; lower --lr, or look at the data (python data.py --check).")
     return row, whole
@@ -274,12 +274,15 @@ def check_first_step(module, optimizer):
 
 
 @torch.no_grad()
-def radii(out, otp, label):
-    """Mean distance of this process's pixels to the OTP and the VTP of their class: theory.md's A, as it moves."""
-    grid = ppar.labels_on_grid(label, out.emb)
-    count, goals = (grid != data.VOID).sum(), dict(radius_otp=otp, radius_vtp=out.vtp)
-    return {name: (ppar.distance(out.emb, grid, goal).sum() / count).item() for name, goal in goals.items()
-            if goal is not None and count > 0}
+def nearness(out, otp, label, tau):
+    """Mean distance and mean loss (Eq. 3, w = 1) of this process's pixels to both prototypes: which goal is the easier one?"""
+    grid, row = ppar.labels_on_grid(label, out.emb), {}
+    count = (grid != data.VOID).sum().clamp_min(1)
+    for name, goal in dict(otp=otp, vtp=out.vtp).items():
+        if goal is not None:
+            row["radius_" + name] = (ppar.distance(out.emb, grid, goal).sum() / count).item()
+            row["loss_" + name] = (align.alignment_map(out.emb, grid, goal, tau).sum() / count).item()
+    return row
 
 
 # ----------------------------------------------------------------------------------------------------------- the loop
@@ -328,11 +331,11 @@ def train(config, state, rank, processes, device):
 
             done = step + 1
             if rank == 0 and (done % LOG_EVERY == 0 or done == config.steps):
-                row = dict(step=done, **row, **radii(out, module.otp, label), lr=config.lr * rate,
+                row = dict(step=done, **row, **nearness(out, module.otp, label, config.tau), lr=config.lr * rate,
                            seconds=round(time.perf_counter() - began, 2))
                 with open(os.path.join(config.out, "log.jsonl"), "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
-                bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "seg", "align", "vtp", "lam") if k in row})
+                bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "seg", "align", "lam") if row.get(k) is not None})
             bar.update()
             stopping = sum_over_processes(torch.tensor(float(len(signals)), device=device)).item() > 0
             if done % config.save_every == 0 or done == config.steps or stopping:

@@ -1,4 +1,4 @@
-"""bound_table.py: the theorem's terms over the ablation's runs, written into theory.md between its "measured" marks.
+"""bound_table.py: the theorem's terms over the ablation's runs, written into results/README.md between its "measured" marks.
 
     python results/bound_table.py            measure every run under runs/ablation that has no bound.json yet, then write
     python results/bound_table.py --table    only write, from the bound.json files that are there
@@ -107,7 +107,7 @@ def main():
                 store[folder.name] = shorten(report)
                 STORE.write_text(json.dumps(store, indent=0, sort_keys=True) + "\n")
                 print(folder.name, flush=True)
-    put(HERE.parent / "theory.md", "measured", text(store))
+    put(HERE / "README.md", "measured", text(store))
 
 
 if __name__ == "__main__":

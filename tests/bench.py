@@ -10,6 +10,7 @@ speed does not depend on their values.
 
 import argparse
 import contextlib
+import copy
 import io
 import os
 import re
@@ -20,21 +21,20 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-from clip.model import ModifiedResNet
-from PIL import Image
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
-import data  # noqa: E402
-import evaluate  # noqa: E402
-import model  # noqa: E402
-import ppar  # noqa: E402
-import prototypes  # noqa: E402
-import train  # noqa: E402
+import numpy as np
+import torch
+from PIL import Image
+
+import checkpoint
+import data
+import evaluate
+import model
+import ppar
+import prototypes
+import train
 
 PARTS = ("help", "count", "item", "step", "loader", "memory", "linear")
 
@@ -42,31 +42,33 @@ PARTS = ("help", "count", "item", "step", "loader", "memory", "linear")
 def interleaved(functions, repeats):
     """{name: function} -> {name: median seconds}; one unmeasured round first."""
     times = {name: [] for name in functions}
-    for _ in range(repeats + 1):
+    for round_ in range(repeats + 1):
         for name, function in functions.items():
             began = time.perf_counter()
             function()
-            times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
+            if round_:
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def rn50(method, amp="fp32", crop=512, batch=2):
     """(PPAR on random RN50 weights, Config, one training step as a function, past the ramp: all terms on)."""
     config = train.configure(dict(source=("gta5",), method=method, amp=amp, crop=crop, batch=batch, steps=100))
     torch.manual_seed(0)
-    net = model.SegmentationNet(ModifiedResNet((3, 4, 6, 3), 1024, 32, 224, 64))
+    net = model.SegmentationNet(model.ModifiedResNet((3, 4, 6, 3), 1024, 32, 224, 64))
+    original = None if method == "erm" else copy.deepcopy(net.encoder).requires_grad_(False)  # which Eq. 2 asks
     net.encoder.freeze(config.freeze)
-    vtp = prototypes.VisualTextPrototypes(1024, 2 * net.arch["width"]) if config.w_vtp else None
-    module = ppar.PPAR(net, prototypes.random_prototypes(19, 1024), vtp).train()
+    module = ppar.PPAR(net, prototypes.random_prototypes(19, 1024), original).train()
     bf16, autocast = checkpoint.precision(config.amp, torch.device("cpu"))
-    layout = torch.channels_last if bf16 else torch.contiguous_format
-    image = torch.randn(batch, 3, crop, crop).contiguous(memory_format=layout)
-    label = torch.randint(0, len(data.CLASSES), (batch, crop // 32, crop // 32))
-    label = label.repeat_interleave(32, 1).repeat_interleave(32, 2)
-    return module, config, a_step(module.to(memory_format=layout), config, image, label, autocast)
+    image = torch.randn(batch, 3, crop, crop)
+    label = torch.randint(0, len(data.CLASSES), (batch, crop // 32, crop // 32)).repeat_interleave(32, 1).repeat_interleave(32, 2)
+    if bf16:
+        module.to(memory_format=torch.channels_last)
+        image = image.contiguous(memory_format=torch.channels_last)
+    return module, config, a_step(module, config, image, label, autocast)
 
 
-def a_step(module, config, image, label, autocast=contextlib.nullcontext):
+def a_step(module, config, image, label, autocast):
     """One training step as a function, without its data and its schedule."""
     optimizer = train.make_optimizer(module, config)
     for group in optimizer.param_groups:
@@ -76,26 +78,26 @@ def a_step(module, config, image, label, autocast=contextlib.nullcontext):
         optimizer.zero_grad(set_to_none=True)
         row, _ = train.backward(module, image, label, config, 50, autocast)
         optimizer.step()
-        return row["loss"]
+        return row
 
     return step
 
 
 def bench_help():
-    for name in ("train.py", "evaluate.py"):
-        command = [sys.executable, str(ROOT / name), "--help"]
-        times = interleaved({name: lambda command=command: subprocess.run(command, check=True, capture_output=True)}, 5)
-        print(f"{name} --help: {times[name]:.2f} s")
+    times = interleaved({name: lambda name=name: subprocess.run([sys.executable, str(ROOT / name), "--help"], check=True,
+                                                                capture_output=True) for name in ("train.py", "evaluate.py")}, 5)
+    for name, seconds in times.items():
+        print(f"{name} --help: {seconds:.2f} s")
 
 
 def bench_count():
     rng = np.random.default_rng(0)
-    label = rng.choice([*range(19), data.VOID], (1024, 2048)).astype(np.uint8)
+    label = np.array([*range(19), 255], np.uint8)[rng.integers(0, 20, (1024, 2048))]
     pred = rng.integers(0, 19, (1024, 2048)).astype(np.uint8)
     p, t = torch.from_numpy(pred).long(), torch.from_numpy(label).long()
 
     def masked():
-        keep = t != data.VOID
+        keep = t != 255
         return torch.bincount(19 * t[keep] + p[keep], minlength=361).view(19, 19)
 
     assert torch.equal(masked(), evaluate.confusion_matrix(pred, label, 19))
@@ -104,37 +106,40 @@ def bench_count():
           f"{times['masked'] / times['ours']:.1f} times as long")
 
 
-def gta5_sized(folder, pairs):
-    """Items of GTA5's size and layout: smooth shapes with noise, so that the PNG compresses as a rendered frame does."""
-    rng, size = np.random.default_rng(0), (1914, 1052)
+def gta5_sized(folder, pairs=2):
+    """GTA5-sized pairs in GTA5's layout: smooth shapes with noise, so that the PNG compresses as a rendered frame does."""
+    rng = np.random.default_rng(0)
+    for sub in ("images", "labels"):
+        os.makedirs(Path(folder) / "gta5" / sub, exist_ok=True)
     for i in range(pairs):
-        coarse = Image.fromarray(rng.integers(0, 255, (33, 60, 3), dtype=np.uint8)).resize(size, Image.BICUBIC)
+        coarse = Image.fromarray(rng.integers(0, 255, (33, 60, 3), dtype=np.uint8)).resize((1914, 1052), Image.BICUBIC)
         image = np.clip(np.asarray(coarse, np.int16) + rng.integers(-4, 5, (1052, 1914, 3)), 0, 255).astype(np.uint8)
-        label = Image.fromarray(rng.choice([7, 8, 11, 21, 23, 24, 26], (33, 60)).astype(np.uint8)).resize(size, Image.NEAREST)
+        ids = np.array([7, 8, 11, 21, 23, 24, 26], np.uint8)[rng.integers(0, 7, (33, 60))]
+        label = Image.fromarray(ids).resize((1914, 1052), Image.NEAREST)
         label.putpalette(bytes(range(256)) * 3)
-        for sub, picture in (("images", Image.fromarray(image)), ("labels", label)):
-            os.makedirs(f"{folder}/gta5/{sub}", exist_ok=True)
-            picture.save(f"{folder}/gta5/{sub}/{i + 1:05d}.png")
-    return data.list_items("gta5", folder, "train")
+        Image.fromarray(image).save(Path(folder) / "gta5" / "images" / f"{i + 1:05d}.png")
+        label.save(Path(folder) / "gta5" / "labels" / f"{i + 1:05d}.png")
 
 
 def bench_item():
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        items = gta5_sized(folder, 1)
-        stream, count = data.TrainingStream([items], 512, seed=0), iter(range(10 ** 6))
+        gta5_sized(folder, 1)
+        items = data.list_items("gta5", folder, "train")
+        stream = data.TrainingStream([items], 512, seed=0)
         content = Path(items[0].image).read_bytes()
+        count = iter(range(10 ** 6))
         times = interleaved({"item": lambda: stream[next(count)], "decode": lambda: Image.open(io.BytesIO(content)).load()}, 30)
     torch.set_num_threads(os.cpu_count())
     print(f"training item of a 1914 x 1052 PNG: {1000 * times['item']:.0f} ms, {times['item'] / times['decode']:.2f} times "
           f"decoding its image alone")
 
 
-def bench_step():
+def bench_step(repeats=5):
     steps = {name: rn50(*flags)[2] for name, flags in
              {"erm": ("erm",), "full": ("ppar",), "erm bf16": ("erm", "bf16"), "full bf16": ("ppar", "bf16")}.items()}
-    losses = {name: step() for name, step in steps.items()}
-    times = interleaved(steps, 5)
+    losses = {name: step()["loss"] for name, step in steps.items()}
+    times = interleaved(steps, repeats)
     print(f"training step, RN50, crop 512, batch 2, {torch.get_num_threads()} threads: "
           + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items()))
     print(f"full method / baseline: {times['full'] / times['erm']:.2f} in fp32, "
@@ -148,12 +153,13 @@ def bench_loader():
     """The real loader feeding a step: how long the step stands still for want of a batch."""
     _, config, step = rn50("erm", "bf16")  # the fastest step, and the slowest items
     with tempfile.TemporaryDirectory() as folder:
-        wait_for_data(f"RN50, crop {config.crop}, batch {config.batch}, bf16", gta5_sized(folder, 4), config, step, 12)
-    config = train.configure(dict(method="erm"))  # of `python train.py`, again the faster of the two
+        gta5_sized(folder, 4)
+        wait_for_data(f"RN50, crop {config.crop}, batch {config.batch}, bf16", data.list_items("gta5", folder, "train"), config, step, 12)
+    config = train.configure(dict(method="erm"))  # `python train.py`'s baseline, the faster of the two
     image, label = torch.randn(8, 3, config.crop, config.crop), torch.randint(0, 18, (8, config.crop, config.crop))
-    step = a_step(ppar.build(config)[0].train(), config, image, label)
-    items = data.list_items("toy-gta5", None, "train")  # 45 steps: within the first epoch, when every scene has still to be drawn
-    wait_for_data(f"drawn world, batch {config.batch}", items, config, step, 45)
+    step = a_step(ppar.build(config)[0].train(), config, image, label, contextlib.nullcontext)
+    # 45 steps: within the first epoch, when every scene has still to be drawn
+    wait_for_data(f"drawn world, batch {config.batch}", data.list_items("toy-gta5", None, "train"), config, step, 45)
 
 
 def wait_for_data(name, items, config, step, steps):
@@ -164,12 +170,11 @@ def wait_for_data(name, items, config, step, steps):
     batches, waits = iter(loader), []
     next(batches)  # the first one waits for the processes to start
     began = time.perf_counter()
-    step()
     for _ in range(steps):
+        step()
         asked = time.perf_counter()
         next(batches)
         waits.append(time.perf_counter() - asked)
-        step()
     total = time.perf_counter() - began
     print(f"loader with {workers} processes, {name}: of {total / steps:.2f} s a step, "
           f"{1000 * statistics.median(waits):.1f} ms wait for data (most {1000 * max(waits):.0f} ms)")
@@ -184,14 +189,14 @@ def bench_memory():
 def peak(what):
     """In a process of its own: peak resident memory above what the imports and the weights take."""
     module, config, step = rn50(what.split("-")[-1])
-
-    def predict():
-        evaluate.predict(evaluate.make_scorer(module, config), torch.randn(3, 1024, 2048), (1024, 2048))
-
+    score = evaluate.make_scorer(module, config)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, and what a parent process handed down
     before = resident("VmRSS")
     for _ in range(2):
-        predict() if what.startswith("evaluate") else step()
+        if what.startswith("evaluate"):
+            evaluate.predict(score, torch.randn(3, 1024, 2048), (1024, 2048))
+        else:
+            step()
     print(f"{resident('VmHWM') - before:.0f} MiB above weights and imports")
 
 
@@ -202,15 +207,14 @@ def resident(key):
 
 def bench_linear():
     """Seconds of the same command at three lengths, and at three numbers of scenes to score: linear if the slopes agree."""
-    code = "import data, train; data.TOY_SCENES['val'] = {}; " \
-           "train.main(train.parse('--targets toy-fog --steps {} --out {}'.split()))"
     for key, values in (("steps", (10, 40, 100)), ("images", (10, 70, 190))):
         seconds = []
         for value in values:
             with tempfile.TemporaryDirectory() as folder:
-                scenes, steps = (1, value) if key == "steps" else (value, 1)
+                code = f"import data, train; data.TOY_SCENES['val'] = {value if key == 'images' else 1}; train.main(train.parse(" \
+                       f"['--targets', 'toy-fog', '--steps', '{value if key == 'steps' else 1}', '--out', '{folder}/run']))"
                 began = time.perf_counter()
-                subprocess.run([sys.executable, "-c", code.format(scenes, steps, folder)], check=True, capture_output=True, cwd=ROOT)
+                subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
                 seconds.append(time.perf_counter() - began)
         each = [(seconds[k + 1] - seconds[k]) / (values[k + 1] - values[k]) for k in (0, 1)]
         print(f"{key}: {', '.join(f'{v} in {s:.1f} s' for v, s in zip(values, seconds))}; each more "

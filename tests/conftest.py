@@ -162,13 +162,13 @@ def otp():
 @pytest.fixture
 def run(tmp_path, net, otp):
     """A run folder as train.py leaves it, of `net` and `otp`, and a data root with a target: (its path, its flags)."""
+    from workbench import small_net
+
     write_tiny(tmp_path / "data", "bdd", n=3, size=(40, 72), split="val")
-    torch.manual_seed(0)
-    vtp = prototypes.VisualTextPrototypes(24, width=32, layers=2)
     config = dict(source=("toy-gta5",), targets=("bdd",), data_root=str(tmp_path / "data"), mapillary="A", holdout=0,
-                  tau=0.07, method="ppar", text_weight=0.25, harmful=0.1, reweight="class", batch=2, seed=0, clip="toy",
+                  tau=0.07, method="ppar", text_weight=0.25, harmful=0.1, reweight=True, batch=2, seed=0, clip="toy",
                   out="elsewhere", workers=8, steps=7)
     (tmp_path / "run").mkdir()
-    state = dict(model=net.state_dict(), vtp=vtp.state_dict(), otp=otp, arch=net.arch, config=config, step=7, optimizer={})
+    state = dict(model=net.state_dict(), vtp=small_net(seed=1).encoder.state_dict(), otp=otp, arch=net.arch, config=config, step=7, optimizer={})
     torch.save(state, tmp_path / "run" / "last.pt")
     return tmp_path / "run", config

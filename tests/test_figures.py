@@ -1,6 +1,5 @@
 """Tests of figures.py: what a figure is asked to show, that it shows just that, and the doors that draw them."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from workbench import scorer
 
-import checkpoint
 import data
 import evaluate
 import figures
 import model
 import ppar
+import reweight
 import toy
 from data import VOID
 
@@ -51,24 +50,21 @@ def command(*words):
     figures.main(figures.parse([str(word) for word in words]))
 
 
-def test_the_reliability_figure_scores_one_minus_omega_and_shows_spoilt_scenes_grey_on_void(tmp_path, drawn):
+def test_the_reliability_figure_counts_the_weight_that_is_lost_and_shows_spoilt_scenes_grey_on_void(tmp_path, drawn):
     rng, shape = np.random.default_rng(0), (8, 20, 30)
     image, label = rng.integers(0, 256, (*shape, 3), np.uint8), rng.choice([0, 2, VOID], shape).astype(np.uint8)
-    wrong, omega, valid = rng.random(shape) < 0.2, rng.integers(1, 9, shape) / 10, label != VOID
-    wrong[0], wrong[4] = False, ~valid[4]  # nothing to find there
-    area = figures.figure_reliability(tmp_path / "r.png", [*zip(image, label, wrong, omega)], ", a note")
-    bad, good = omega[wrong & valid][:, None], omega[~wrong & valid]
-    assert area == pytest.approx(((bad < good) + 0.5 * (bad == good)).mean(), abs=1e-12)  # harmful: the lower omega
-    assert f"AUROC {area:.3f} (8 scenes, a note)" in drawn[0].get_suptitle()
+    wrong, valid, (omega, weight) = rng.random(shape) < 0.2, label != VOID, rng.integers(0, 9, (2, *shape)) / 8
+    wrong[[0, 4]] = False  # nothing to find there
+    shares = figures.figure_reliability(tmp_path / "r.png", [*zip(image, label, wrong, omega, weight)], ", a note")
+    assert shares == pytest.approx([1 - weight[wrong & valid].mean(), 1 - weight[~wrong & valid].mean()], abs=1e-12)
+    assert drawn[0].get_suptitle() == (f"{shares[0]:.0%} of the harmful source pixels lose their weight, and {shares[1]:.1%} of the "
+                                       "others (8 scenes, a note)")
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == [*data.CLASSES, "void"]
-    assert drawn[0].get_figheight() > 5 * drawn[0].get_figwidth() / 4 * 20 / 30  # room for every panel and the legend
-    panels = [ax.images[0].to_rgba(ax.images[0].get_array(), bytes=True)[..., :3] for ax in drawn[0].axes[:20]]
-    found = np.array(panels).reshape(5, 4, 20, 30, 3).swapaxes(0, 1)
-    k = [1, 2, 3, 5, 6]
-    assert (found[0] == image[k]).all() and (found[1] == data.colours(label[k])).all()
-    assert (found[2] == 255 * (wrong & valid)[k, ..., None]).all()
-    map_colours = np.where(valid[..., None], colormaps["viridis"](omega, bytes=True)[..., :3], 153)
-    assert (found[3] == map_colours[k]).all() and len(drawn[0].axes) == 21  # the last: one colour bar
+    assert drawn[0].get_figheight() > 5 * drawn[0].get_figwidth() / 5 * 20 / 30  # room for every panel and the legend
+    panels = [ax.images[0].to_rgba(ax.images[0].get_array(), bytes=True)[..., :3] for ax in drawn[0].axes[:-2]]  # two colour bars
+    maps = [np.where(valid[..., None], colormaps["viridis"](x, bytes=True)[..., :3], 153) for x in (omega, weight)]
+    want = np.stack([image, data.colours(label), 255 * (wrong & valid)[..., None].repeat(3, 3), *maps], 1)
+    assert (np.reshape(panels, (5, 5, 20, 30, 3)) == want[[1, 2, 3, 5, 6]]).all()
 
 
 def test_an_embedding_is_seen_in_the_plane_of_the_largest_variance_of_pixels_and_present_prototypes(tmp_path, drawn):
@@ -89,34 +85,29 @@ def test_an_embedding_is_seen_in_the_plane_of_the_largest_variance_of_pixels_and
         assert f"({100 * share:.0f} %" in text
 
 
-def test_curves_have_a_gap_where_a_method_has_no_number(tmp_path, drawn):
-    log = [dict(step=0), dict(step=10, radius_otp=1.0, radius_vtp=None), dict(step=20, radius_otp=0.9, radius_vtp=0.8, lam=0.5)]
+def test_curves_are_distance_loss_and_lambda_with_a_gap_where_a_method_has_no_number(tmp_path, drawn):
+    log = [dict(step=0), dict(step=10, radius_otp=1.0, radius_vtp=0.7, loss_otp=3.0, loss_vtp=2.0, lam=None),
+           dict(step=20, radius_otp=0.9, radius_vtp=0.8, loss_otp=4.0, loss_vtp=1.0, lam=0.5)]
     figures.figure_curves(tmp_path / "c.png", log)
-    figures.figure_curves(tmp_path / "c.png", log[:2])
-    lines = [line for ax in drawn[0].axes for line in ax.lines]
-    assert np.array_equal([line.get_xydata() for line in lines], [[(10, y), (20, z)] for y, z in (
-        (np.nan, 0.8), (1, 0.9), (np.nan, 0.5))], equal_nan=True)
-    assert [line.get_label() for line in drawn[1].axes[0].lines] == ["to OTP, the second goal"]
+    for ax, values in zip(drawn[0].axes, ([(1, 0.9), (0.7, 0.8)], [(3, 4), (2, 1)], [(np.nan, 0.5)]), strict=True):
+        lines = [line.get_xydata() for line in ax.lines]
+        assert np.array_equal(lines, [[(10, y), (20, z)] for y, z in values], equal_nan=True)
+    assert [text.get_text() for text in drawn[0].axes[1].get_legend().get_texts()] == ["to the OTP", "to the VTP"]
 
 
-def omegas(ppar, image, label):
-    """Eq. 5 (H, W), 0 on void, every pixel in the cell that holds it: of the OTP alone, and mean with the VTP if any."""
-    with torch.no_grad():
-        _, emb, vtp = ppar(model.pad(data.to_tensor(image)[None], 32))
-    z = emb[0].repeat_interleave(16, 1).repeat_interleave(16, 2)[:, :label.shape[0], :label.shape[1]]
-    asked = (ppar.otp,) if vtp is None else (ppar.otp, vtp[0])
-    own = [(torch.einsum("dhw,kd->khw", z, p) / 0.07).softmax(0).numpy() for p in asked]
-    own = [np.take_along_axis(omega, label[None] % VOID, 0)[0] * (label != VOID) for omega in own]
-    return own[0], sum(own) / len(own)
+def trust(score, image, label):
+    """Eq. 5 and 6 at the end of the ramp, (H, W) each. A place reaches a cell of 16 pixels to each side."""
+    label = torch.from_numpy(label)[None].long()
+    omega = reweight.reliability(score(data.to_tensor(image)[None]), label)
+    return omega[0], reweight.learning_weights(omega, reweight.place_reliability(omega, label, 33), label, ramp=1.0)[0]
 
 
 @pytest.mark.parametrize("harmful", [0.4, 0.0])
 def test_figures_of_a_run_show_its_targets_beside_a_second_runs_its_scenes_and_cells(run, net, otp, asked, capsys, harmful):
     write_tiny(run[1]["data_root"], "bdd", n=9, size=(40, 72), split="val")
-    (run[0] / "log.jsonl").write_text(json.dumps(dict(step=0, radius_otp=1.0)))
-    state = torch.load(run[0] / "last.pt")
-    state["vtp"] = state["vtp"] if harmful else None  # as a method without one leaves it
-    for name, change in (("run", dict(harmful=harmful)), ("other", dict(text_weight=1.0))):
+    (run[0] / "log.jsonl").write_text('{"step": 0, "radius_otp": 1, "loss_otp": 1, "lam": null}')
+    state, score = torch.load(run[0] / "last.pt"), scorer(net, otp, 0.25)
+    for name, change in (("run", dict(harmful=harmful, reweight=harmful > 0)), ("other", dict(text_weight=1.0))):
         (run[0].parent / name).mkdir(exist_ok=True)
         torch.save({**state, "config": {**run[1], **change}}, run[0].parent / name / "last.pt")
     command(run[0], "--targets", "bdd", "toy-gta5", "--device", "cpu", "--compare", run[0].parent / "other")
@@ -124,27 +115,25 @@ def test_figures_of_a_run_show_its_targets_beside_a_second_runs_its_scenes_and_c
     assert names == [f"{name}.png" for name in ("predictions_bdd", "predictions_toy-gta5", "curves", "reliability", "embedding")]
     assert {path.name for path in run[0].iterdir()} == {*names, "last.pt", "log.jsonl"}
     items = data.list_items("bdd", run[1]["data_root"], "val")[:8:2]  # four of nine
-    module = checkpoint.load_run(run[0]).ppar
     rows, title = asked["predictions_bdd.png"]
     assert title == "bdd (unseen)" and asked["predictions_toy-gta5.png"][1] == "toy-gta5"
     for item, row in zip(items, rows, strict=True):
         image, label = data.load_pair(item)
-        preds = [evaluate.predict(scorer(net, otp, beta), data.to_tensor(image), label.shape) for beta in (1.0, 0.25)]
-        omega = np.where(label == VOID, np.nan, omegas(module, image, label)[0])
-        assert list(row) == ["image", "truth", "compared: other", "prediction: run", "omega from the OTP, Eq. 5"]
+        preds = [evaluate.predict(look, data.to_tensor(image), label.shape) for look in (scorer(net, otp, 1.0), score)]
+        omega = np.where(label == VOID, np.nan, trust(score, image, label)[0])
+        assert list(row) == ["image", "truth", "compared: other", "prediction: run", "omega, Eq. 5"]
         assert all(np.allclose(a, b, atol=1e-5, equal_nan=True) for a, b in zip(row.values(), (image, label, *preds, omega)))
     scenes, note = asked["reliability.png"]
     assert len(scenes) == 8 and ("spoilt" in note) == (not harmful)  # a run without any has some for the figure alone
     for k, scene in enumerate(scenes):
         want = toy.draw("toy-gta5", "train", k, harmful=harmful or 0.1)
-        assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(scene, (*want, omegas(module, *want[:2])[1]), strict=True))
+        assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(scene, (*want, *trust(score, *want[:2])), strict=True))
 
-    clip = ppar.PPAR(model.SegmentationNet(CLIP.visual, stride=net.arch["stride"]).eval(), otp)
+    nets = model.SegmentationNet(CLIP.visual, stride=net.arch["stride"]), net  # before training, and after
     groups = data.evenly(data.list_items("toy-gta5", "", "train"), 12), items
-    for (_, parts), stage in zip(asked["embedding.png"][0].values(), (clip, module), strict=True):
+    for (_, parts), stage in zip(asked["embedding.png"][0].values(), nets, strict=True):
         for (emb, label), group in zip(parts.values(), groups, strict=True):
-            pairs = map(data.load_pair, group)
-            looks = [ppar.look(stage, data.to_tensor(image), torch.from_numpy(truth)) for image, truth in pairs]
+            looks = [ppar.look(ppar.PPAR(stage, otp), data.to_tensor(image), truth) for image, truth in map(data.load_pair, group)]
             cells = np.concatenate([out.emb[0].flatten(1).T.numpy() for out, _, _ in looks])
             labels = np.concatenate([grid.flatten().numpy() for _, _, grid in looks])
             assert (np.bincount(label, minlength=19) == np.bincount(labels, minlength=19)[:19].clip(max=40)).all()
@@ -163,10 +152,8 @@ def test_pictures_of_ones_own_get_overlays(run, net, otp, tmp_path, asked):
         assert (image == np.array(Image.open(file).convert("RGB"))).all()
         assert np.abs(over - 0.45 * image - 0.55 * data.colours(pred)).max() <= 1
         assert (run[0] / f"overlay_street{end}.png").is_file()
-    for words, reason in (((run[0], "--images", __file__), "test_figures.py is no picture"), ((tmp_path,), "no last.pt"),
-                          ((run[0], "--images", tmp_path / "gone.png"), "gone.png is no picture")):
-        with pytest.raises(SystemExit, match=reason):
-            command(*words, "--device", "cpu")
+    with pytest.raises(SystemExit, match="test_figures.py is no picture"):
+        command(run[0], "--images", __file__, "--device", "cpu")
 
 
 def test_the_gallery_and_the_demonstration_need_no_run(tmp_path, asked, capsys):
@@ -175,4 +162,4 @@ def test_the_gallery_and_the_demonstration_need_no_run(tmp_path, asked, capsys):
         want = [array for k in range(3) for array in toy.draw(domain, "val", k)[:2]]
         assert all((a == b).all() for a, b in zip(row.values(), want, strict=True)), domain
     command()
-    assert "AUROC 1.0" in capsys.readouterr().out
+    assert "found 100%, mistaken 0%" in capsys.readouterr().out

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from make_clip import make_clip
 
 import prototypes
-from prototypes import (TEMPLATES, VisualTextPrototypes, original_text_prototypes, random_prototypes,
-                        shuffled_prototypes, source_mean_prototypes)
+from prototypes import (TEMPLATES, original_text_prototypes, random_prototypes, shuffled_prototypes,
+                        source_mean_prototypes, visual_text_prototypes)
 
 torch.set_num_threads(1)
 
@@ -31,19 +31,11 @@ def norm(row):
     return [x / length for x in row]
 
 
-def random_image(seed=0, batch=B, dim=D):
-    """otp (K, D), emb (B, D, H, W) and pooled (B, D), all unit, as model.py and Eq. 1 give them."""
+def random_image(seed=0, batch=B):
+    """otp (K, D), unit rows, and emb (B, D, H, W) of any length, as CLIP's image tower gives it."""
     g = torch.Generator().manual_seed(seed)
-    sizes = (K, dim), (batch, dim, H, W), (batch, dim)
-    return tuple(F.normalize(torch.randn(size, generator=g), dim=1) for size in sizes)
-
-
-def small_vtp():
-    """A VTP module of width 16 that speaks up, as after training."""
-    torch.manual_seed(0)
-    module = VisualTextPrototypes(D, width=16, heads=2, layers=2)
-    torch.nn.init.constant_(module.gamma, 0.5)
-    return module
+    otp = F.normalize(torch.randn(K, D, generator=g), dim=1)
+    return otp, torch.randn(batch, D, H, W, generator=g) * (0.2 + 3 * torch.rand(batch, 1, H, W, generator=g))
 
 
 # ------------------------------------------------------------------------------------------------------------- Eq. 1
@@ -97,6 +89,7 @@ def test_random_prototypes_are_unit_rows_that_depend_on_the_seed_alone():
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(19))
     assert torch.equal(rows, random_prototypes(19, 64, seed=3))
     assert not torch.allclose(rows, random_prototypes(19, 64, seed=4))
+    assert torch.equal(random_prototypes(19, 64), random_prototypes(19, 64, seed=0))
     assert (rows @ rows.T - torch.eye(19)).abs().max() < 0.7
 
 
@@ -134,71 +127,75 @@ def test_source_means_equal_plain_loops_and_an_absent_class_gets_its_fallback():
 # ------------------------------------------------------------------------------------------------------------- Eq. 2
 
 
+def vtp_in_loops(otp, emb, tau, beta, kappa):
+    """Eq. 2 in Python numbers."""
+    rows = []
+    for image in emb:
+        cells = [norm(image[:, i, j].tolist()) for i in range(H) for j in range(W)]
+        believed = []
+        for z in cells:
+            e = [math.exp(sum(a * p for a, p in zip(z, row)) / tau) for row in otp.tolist()]
+            believed.append([x / sum(e) for x in e])
+        for c, text in enumerate(otp.tolist()):
+            seen = norm([sum(a[c] * z[d] for a, z in zip(believed, cells)) for d in range(D)])
+            share = sum(a[c] for a in believed) / len(cells)
+            m = beta * share / (share + kappa)
+            rows.append(norm([(1 - m) * p + m * v for p, v in zip(text, seen)]))
+    return torch.tensor(rows).view(len(emb), K, D)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
-def test_eq_2_adds_gamma_times_the_answer_of_the_decoder_about_each_image_alone(batch):
-    module, (otp, emb, pooled) = small_vtp(), random_image(batch=batch)
-    torch.nn.init.normal_(module.gamma)
-    vtp = module(otp, emb, pooled)
-    assert vtp.shape == (batch, K, D) and vtp.dtype == torch.float32
-    gamma, order_one = module.gamma.tolist(), math.sqrt(D)  # entries of a unit row are of order 1 / sqrt(D)
-    for b in range(batch):
-        tokens = torch.stack([pooled[b], *(emb[b, :, i, j] for i in range(H) for j in range(W))])
-        told = module.decoder(module.query(otp * order_one)[None], module.memory(tokens * order_one)[None])
-        for c, answer in enumerate(module.answer(told)[0].tolist()):
-            row = norm([p + s * a for p, s, a in zip(otp[c].tolist(), gamma, answer)])
-            assert vtp[b, c].tolist() == pytest.approx(row, abs=1e-5)
+@pytest.mark.parametrize("tau, beta, kappa", [(0.07, 0.7, 0.02), (0.5, 1.0, 0.3), (0.2, 0.3, 1e-3)])
+def test_eq_2_equals_plain_loops_over_images_classes_and_cells_and_has_no_gradient(batch, tau, beta, kappa):
+    otp, emb = random_image(batch=batch)
+    expected = vtp_in_loops(otp, emb, tau, beta, kappa)
+    vtp = visual_text_prototypes(otp.requires_grad_(), emb.requires_grad_(), tau, beta, kappa)
+    torch.testing.assert_close(vtp, expected, rtol=1e-4, atol=1e-5)  # float32
+    assert not vtp.requires_grad and torch.equal(vtp, visual_text_prototypes(otp, emb, tau, beta, kappa))
 
 
-@pytest.mark.parametrize("dim", [64, 1024])
-def test_training_starts_at_the_otp(dim):
-    torch.manual_seed(0)
-    otp, emb, pooled = random_image(dim=dim)
-    cosine = (VisualTextPrototypes(dim)(otp, emb, pooled) * otp).sum(-1)
-    assert cosine.min() > 0.999
-    assert (cosine < 1 - 1e-7).any(), "gamma is small, not 0"
+def test_eq_2_on_an_example_worked_by_hand():
+    """Every cell looks away from all four texts, in one direction: each class gets a quarter of the image."""
+    otp, emb = torch.eye(K, D), torch.zeros(1, D, H, W)
+    emb[:, K] = 3.0
+    half = dict(beta=0.8, kappa=0.25)  # kappa is the share at which a class moves half of beta
+    for more, m in ((dict(), 0.7 * 0.25 / 0.27), (half, 0.4), (dict(beta=0), 0), (dict(beta=1, kappa=0), 1)):
+        expected = F.normalize((1 - m) * otp + m * torch.eye(D)[K], dim=1)
+        torch.testing.assert_close(visual_text_prototypes(otp, emb, 0.1, **more)[0], expected)
 
 
-def test_the_defaults_are_those_of_the_design():
-    module = VisualTextPrototypes(32)
-    layer = module.decoder.layers[0]
-    assert (module.query.out_features, layer.self_attn.num_heads, len(module.decoder.layers)) == (256, 4, 3)
-    assert layer.linear1.out_features == 4 * 256 and layer.norm_first
-    assert isinstance(module.decoder.norm, torch.nn.LayerNorm)  # norm_first leaves the last sum as it is
-    assert module.gamma.shape == (32,) and module.gamma.unique().tolist() == pytest.approx([1e-3])
+def test_a_class_moves_as_far_as_the_image_shows_it_and_one_that_is_absent_keeps_its_text():
+    otp, shift = torch.eye(K, D), torch.eye(D)[K]
+    label = torch.tensor([[0] * 11 + [1] * 3 + [2]]).view(1, H, W)  # class 3 has no cell
+    emb = F.normalize(otp[label] + shift, dim=3).permute(0, 3, 1, 2)
+    vtp = visual_text_prototypes(otp, emb, 0.05)[0]
+    moved = (vtp - otp).norm(dim=1).tolist()
+    assert moved[0] > moved[1] > moved[2] > 0.3 and moved[3] < 1e-3
+    to_own = (vtp @ F.normalize(otp + shift, dim=1).T).diagonal()  # where the pixels of the class are
+    assert (to_own[:3] > 0.9).all() and to_own[3] == pytest.approx(math.sqrt(0.5), abs=1e-3)
 
 
-def test_the_gradient_reaches_every_parameter_the_pixels_and_the_pooled_embedding_but_no_prototype():
-    module, (otp, emb, pooled) = small_vtp(), random_image()
-    emb.requires_grad_(), pooled.requires_grad_()
-    vtp = module(otp, emb, pooled)
-    (vtp * random_image(1)[0]).sum().backward()
-    for name, parameter in module.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
-    assert (emb.grad.norm(dim=1) > 0).all() and (pooled.grad.norm(dim=1) > 0).all()
-    assert otp.grad is None and not otp.requires_grad
-    assert all(p.shape != otp.shape for p in module.state_dict().values()), "the OTP is an argument, never a parameter"
-
-
-def test_permuted_classes_permute_the_rows_and_what_a_position_shows_matters_not_where_it_lies():
-    module, (otp, emb, pooled) = small_vtp(), random_image()
-    vtp = module(otp, emb, pooled)
-    torch.testing.assert_close(module(otp[ORDER], emb, pooled), vtp[:, ORDER])
+def test_names_of_classes_places_of_cells_lengths_and_the_other_images_leave_the_vtp():
+    otp, emb = random_image()
+    vtp = visual_text_prototypes(otp, emb, 0.07)
+    torch.testing.assert_close(visual_text_prototypes(otp[ORDER], emb, 0.07), vtp[:, ORDER])
     shuffled = emb.flatten(2)[:, :, torch.randperm(H * W, generator=torch.Generator().manual_seed(0))].view(emb.shape)
-    torch.testing.assert_close(module(otp, shuffled, pooled), vtp)
-    assert not torch.allclose(module(otp, -emb, pooled), vtp, atol=1e-3)
-    assert not torch.allclose(module(otp, emb, -pooled), vtp, atol=1e-3)
+    for other in (shuffled, emb.repeat(1, 1, 2, 3), emb * torch.logspace(-3, 3, H * W).view(1, 1, H, W)):
+        torch.testing.assert_close(visual_text_prototypes(otp, other, 0.07), vtp)
+    torch.testing.assert_close(visual_text_prototypes(otp, emb[1:], 0.07), vtp[1:])
+    assert not torch.allclose(vtp[0], vtp[1], atol=1e-2), "one set per image"
 
 
-def test_train_mode_and_autocast_give_float32_unit_rows_as_eval_does():
-    module, image = small_vtp(), random_image()
-    exact = module.eval()(*image)
-    first, second = module.train()(*image), module(*image)
-    assert torch.equal(first, second), "no dropout"
-    torch.testing.assert_close(first, exact)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        vtp = module(*image)
-    torch.testing.assert_close(vtp.norm(dim=2), torch.ones(B, K))  # float32: bfloat16 has 3 digits
-    assert vtp.dtype == torch.float32 and (vtp * exact).sum(-1).min() > 0.99
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype, length", [(torch.float32, 1), (torch.bfloat16, 1), (torch.half, 60000)])
+def test_the_vtp_is_computed_in_float32_whatever_the_embeddings_come_in(dtype, length, autocast):
+    otp, emb = random_image()
+    emb = (F.normalize(emb, dim=1) * length).to(dtype)  # half precision ends at 65504: a sum of squares would be inf
+    expected = visual_text_prototypes(otp, emb.float() / length, 0.07)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        vtp = visual_text_prototypes(otp, emb, 0.07)
+    torch.testing.assert_close(vtp, expected, rtol=1e-5, atol=1e-6)  # the dtype too
+    torch.testing.assert_close(vtp.norm(dim=2), torch.ones(B, K))
 
 
 # ---------------------------------------------------------------------------------------------------------- the file
@@ -208,4 +205,4 @@ def test_prototypes_needs_torch_alone_outside_eq_1_and_its_demonstration_runs(ca
     imported = re.findall(r"^( *)(?:import|from) (\w+)", inspect.getsource(prototypes), re.M)
     assert set(imported) == {("", "torch"), ("    ", "clip")}
     prototypes._demo()
-    assert "distance to OTP" in capsys.readouterr().out
+    assert "to the VTP" in capsys.readouterr().out
