@@ -650,6 +650,10 @@ DOMAINS = {
         joint=(-30, 25), leaf=(12, 32), texture={ROAD: (UPRIGHT, 6), BUILDING: (DOTS, 8), SIDEWALK: (BLOTCH, 8),
         CAR: (LEVEL, 5), TERRAIN: (WHITE, 10)})),
 }
+_DEV = DOMAINS["toy-dev"]
+DOMAINS |= {f"toy-dev-{number - 7}": dict(_DEV, number=number, look={**_DEV["look"], "palette": {  # three more: its channels in other orders
+    name: [[colour[k] for k in order] for colour in listed] for name, listed in _DEV["look"]["palette"].items()}})
+    for number, order in ((9, (1, 2, 0)), (10, (2, 0, 1)), (11, (0, 2, 1)))}
 SPLITS = {"train": 0, "val": 1}
 
 
