@@ -15,7 +15,7 @@ z_i is emb at pixel i divided by its length, Q are the prototypes, <z_i, Q> its 
 
 Shapes
     emb         (B, D, h, w)          dense embedding of each pixel; only its direction matters
-    label       (B, h, w) int64       0 .. K-1, 255 = void; on the grid of emb: resize a finer one to the nearest id
+    label       (B, h, w) int64       0 .. K-1, 255 = void; on the grid of emb: labels_on_grid brings a finer one there
     prototypes  (K, D) or (B, K, D)   unit rows; one set for all images (OTP), or one per image (VTP)
     weight      (B, h, w)             learning weights from reweight.py, no gradient
 
@@ -44,6 +44,12 @@ def cosine_similarity_map(emb, prototypes):
         prototypes = F.normalize(prototypes, dim=-1).expand(len(emb), -1, -1)  # (B, K, D): a batched product copies no map
         dot = prototypes @ emb.flatten(2)  # (B, K, hw)
         return dot.unflatten(2, emb.shape[2:]) / length.clamp_min(1e-8)
+
+
+def labels_on_grid(label, emb):
+    """The label at the centre of each cell: (B, H, W) -> (B, h, w), for emb (B, D, h, w) and H, W multiples of h, w."""
+    row, col = label.shape[1] // emb.shape[2], label.shape[2] // emb.shape[3]
+    return label[:, row // 2::row, col // 2::col]
 
 
 def alignment_map(emb, label, prototypes, tau):

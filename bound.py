@@ -122,7 +122,7 @@ def measure(run, items, limit, weights=False):
         y = grid[0][valid]  # (n,)
         terms = pixel_terms(out.emb[0].permute(1, 2, 0)[valid].float(), y, otp, config.tau)
         if weights:  # Eq. 6 with the ramp at 1
-            terms["weight"] = ppar.labels_on_grid(ppar.learning_weights(out, otp, full, config, ramp=1.0), out.emb)[0][valid]
+            terms["weight"] = align.labels_on_grid(ppar.learning_weights(out, otp, full, config, ramp=1.0), out.emb)[0][valid]
         if out.vtp is not None:
             terms["radius_vtp"] = ppar.distance(out.emb, grid, out.vtp)[0][valid]
             terms["gap"] = (out.vtp[0] - otp).norm(dim=1)[y]

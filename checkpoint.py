@@ -3,7 +3,7 @@
 A run is a folder. A crash, a full disk or a kill at any moment must leave it usable, and a file that this project did
 not write must be refused before any of it runs.
 
-    last.pt       model, vtp (the CLIP that Eq. 2 asks), otp, arch, config, optimizer, step     written whole or not at all, read with weights_only
+    last.pt       model, clip (as it came, for Eq. 2), otp, arch, config, optimizer, step     written whole or not at all
     run.json      command, flags, versions, commit, machine; one more entry for every resumption
     log.jsonl     one JSON object per logged step; after a resume, only rows up to the checkpoint's step stay
 
@@ -126,7 +126,7 @@ def save(ppar, optimizer, config, step, rank=0):
                         f"lower --lr, or look at the data (python data.py --check).")
     if rank > 0:
         return
-    content = dict(model=ppar.net.state_dict(), vtp=ppar.clip and ppar.clip.state_dict(), otp=ppar.otp, arch=ppar.net.arch,
+    content = dict(model=ppar.net.state_dict(), clip=ppar.clip and ppar.clip.state_dict(), otp=ppar.otp, arch=ppar.net.arch,
                    optimizer=optimizer.state_dict(), step=step, config=vars(config))
     write_atomically(os.path.join(config.out, "last.pt"), lambda file: torch.save(content, file))
 
@@ -150,7 +150,7 @@ def read(folder):
             if archive.testzip():
                 raise zipfile.BadZipFile
         state = torch.load(file, map_location="cpu", weights_only=True)
-        missing = {"model", "vtp", "otp", "arch", "config", "optimizer", "step"} - set(state)
+        missing = {"model", "clip", "otp", "arch", "config", "optimizer", "step"} - set(state)
     except Exception as error:
         raise UserError(f"{file} is no checkpoint that can be read ({type(error).__name__}): it is damaged or "
                         f"was not written by train.py; nothing in it was executed.") from None
@@ -175,7 +175,7 @@ def load_weights(ppar, state, folder):
         ppar.net.load_state_dict(state["model"])
         ppar.otp.copy_(state["otp"])
         if ppar.clip is not None:
-            ppar.clip.load_state_dict(state["vtp"])
+            ppar.clip.load_state_dict(state["clip"])
 
 
 def load_optimizer(optimizer, state, folder):
@@ -200,7 +200,7 @@ def load_run(folder, device="cpu"):
     with refuse_misfit(folder):
         net, clip = (SegmentationNet.from_arch(state["arch"]) for _ in range(2))
         config = SimpleNamespace(**state["config"])
-        ppar = PPAR(net, torch.empty_like(state["otp"]), clip.encoder if state["vtp"] else None, config.tau)
+        ppar = PPAR(net, torch.empty_like(state["otp"]), clip.encoder if state["clip"] else None, config.tau)
         step = int(state["step"])
     load_weights(ppar, state, folder)
     return Run(ppar.eval().requires_grad_(False).to(device), config, step, Path(folder))

@@ -3,7 +3,6 @@
     logits, emb, vtp = PPAR(image)     dense CLIP and decoder, prototypes      model.py, prototypes.py (Eq. 1, 2)
     L_align                            pixels to a goal that moves             align.py (Eq. 3, 4)
     omega_i, w_i                       is label i to be trusted?               reweight.py (Eq. 5, 6)
-
     Eq. 7   L = L_seg(w) + w_align * L_align(w),     L_seg(w) = sum_i w_i CE(logits_i, y_i) / sum_i w_i
 
 Both terms are means over the labelled pixels of the whole batch, L_seg at label resolution, L_align on the feature
@@ -23,7 +22,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import align
 import prototypes
@@ -40,7 +38,7 @@ class Output(NamedTuple):
     vtp: torch.Tensor | None
 
 
-class PPAR(nn.Module):
+class PPAR(torch.nn.Module):
     """Image -> Output: the network, its prototypes, and CLIP's image tower as it came. otp (K, D) and clip are never trained."""
 
     def __init__(self, net, otp, clip=None, tau=0.07):
@@ -95,8 +93,9 @@ def objective(out, otp, label, config, step, reduce=lambda x: x):
 
     lam = align.SCHEDULES[config.align](ramp)
     if lam is not None:  # Eq. 3, 4: pixels to the goal
-        loss = align.alignment_map(out.emb, labels_on_grid(label, out.emb), align.goal(otp, out.vtp, lam), config.tau)  # (B, h, w)
-        terms["align"] = config.w_align * mean(labels_on_grid(weight, out.emb), loss)
+        grid, weight = (align.labels_on_grid(x, out.emb) for x in (label, weight))  # (B, h, w)
+        loss = align.alignment_map(out.emb, grid, align.goal(otp, out.vtp, lam), config.tau)
+        terms["align"] = config.w_align * mean(weight, loss)
     return terms, dict(lam=lam, ramp=ramp)
 
 
@@ -116,18 +115,12 @@ def prediction(out, otp, config):
     # our reading: the abstract does not say how to predict. beta is --text-weight: 0 asks the decoder alone, 1 the text
     alone, which on an untrained network is CLIP's zero-shot segmentation.
     """
-    logits = out.logits.float()
+    logits = out.logits.detach().float()
     if config.text_weight:
         text = align.cosine_similarity_map(out.emb, otp) / config.tau
         text = F.interpolate(text, size=logits.shape[2:], mode="bilinear", align_corners=False)
         logits = (1 - config.text_weight) * logits + config.text_weight * text
     return logits
-
-
-def labels_on_grid(label, emb):
-    """The label at the centre of each cell: (B, H, W) -> (B, h, w), for emb (B, D, h, w) and H, W multiples of h, w."""
-    row, col = label.shape[1] // emb.shape[2], label.shape[2] // emb.shape[3]
-    return label[:, row // 2::row, col // 2::col]
 
 
 def distance(emb, label, prototypes):
@@ -144,7 +137,7 @@ def look(ppar, image, label):
     image, label = pad(image[None].to(device), ppar.net.encoder.multiple), torch.as_tensor(label, device=device)[None].long()
     label = F.pad(label, (0, image.shape[3] - label.shape[2], 0, image.shape[2] - label.shape[1]), value=VOID)
     out = ppar(image)
-    return out, label, labels_on_grid(label, out.emb)
+    return out, label, align.labels_on_grid(label, out.emb)
 
 
 def _demo():

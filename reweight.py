@@ -50,12 +50,16 @@ def reliability(logits, label):
 
 @torch.no_grad()
 def place_reliability(omega, label, side):
-    """R of Eq. 5: the mean omega of the labelled pixels in a window of `side` (odd) pixels around each, (B, H, W)."""
-    both = torch.stack([omega, (label != VOID).to(omega.dtype)], dim=1).double()  # omega is 0 on void
+    """R of Eq. 5: the mean omega of the labelled pixels in a window of `side` (odd) pixels around each, (B, H, W).
+
+    # our reading: who is doubted alone is hard, who is doubted among doubted is wrong.
+    """
+    valid = (label != VOID).double()
+    both = torch.stack([omega * valid, valid], dim=1)  # (B, 2, H, W)
     before, after = side // 2 + 1, side // 2
     total = F.pad(both, (before, after, before, after)).cumsum(dim=2).cumsum(dim=3)  # a window's sum is four of its entries
     window = total[..., side:, side:] - total[..., :-side, side:] - total[..., side:, :-side] + total[..., :-side, :-side]
-    return (window[:, 0] / window[:, 1].clamp_min(0.5)).to(omega.dtype) * (label != VOID)
+    return (window[:, 0] / window[:, 1].clamp_min(1) * valid).to(omega.dtype)
 
 
 @torch.no_grad()

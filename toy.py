@@ -651,9 +651,9 @@ DOMAINS = {
         CAR: (LEVEL, 5), TERRAIN: (WHITE, 10)})),
 }
 _DEV = DOMAINS["toy-dev"]
-DOMAINS |= {f"toy-dev-{number - 7}": dict(_DEV, number=number, look={**_DEV["look"], "palette": {  # three more: its channels in other orders
-    name: [[colour[k] for k in order] for colour in listed] for name, listed in _DEV["look"]["palette"].items()}})
-    for number, order in ((9, (1, 2, 0)), (10, (2, 0, 1)), (11, (0, 2, 1)))}
+for _number, _order in ((9, (1, 2, 0)), (10, (2, 0, 1)), (11, (0, 2, 1))):  # three more, with its channels in other orders
+    _palette = {c: [[colour[k] for k in _order] for colour in listed] for c, listed in _DEV["look"]["palette"].items()}
+    DOMAINS[f"toy-dev-{_number - 7}"] = dict(_DEV, number=_number, look={**_DEV["look"], "palette": _palette})
 SPLITS = {"train": 0, "val": 1}
 
 

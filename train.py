@@ -31,7 +31,6 @@ from pathlib import Path
 
 POSITIVE = ("positive", lambda x: x > 0)
 AT_LEAST_0 = ("at least 0", lambda x: x >= 0)
-AT_LEAST_1 = ("at least 1", lambda x: x >= 1)
 SHARE = ("in [0, 1]", lambda x: 0 <= x <= 1)
 RAMP = ("two fractions of the run, at least 0, rising, at most 1", lambda x: len(x) == 2 and 0 <= x[0] < x[1] <= 1)
 
@@ -66,8 +65,8 @@ class Config:
     # the network and its optimiser
     stride: int = option(None, "stride of a ResNet's dense embedding (a ViT's is its patch)", choices=(8, 16, 32))
     freeze: int = option(None, "how many of CLIP's 5 stages stay frozen", ("between 0 and 5", lambda x: 0 <= x <= 5))
-    steps: int = option(None, "optimiser steps", AT_LEAST_1)
-    batch: int = option(None, "images a step, over all processes", AT_LEAST_1)
+    steps: int = option(None, "optimiser steps", POSITIVE)
+    batch: int = option(None, "images a step, over all processes", POSITIVE)
     micro_batch: int = option(0, "images at a time in each process, same loss and gradient; 0: all at once", AT_LEAST_0)
     crop: int = option(None, "side of the training crop in pixels", ("at least 32", lambda x: x >= 32))
     lr: float = option(None, "learning rate of the decoder", POSITIVE)
@@ -80,7 +79,7 @@ class Config:
     amp: str = option(None, "bf16 autocast, or auto: where the processor has it", choices=("auto", "bf16", "fp32"))
     compile: bool = option(False, "torch.compile the network")
     workers: int = option(None, "loader processes; any number gives the same batches", AT_LEAST_0)
-    save_every: int = option(500, "steps between checkpoints", AT_LEAST_1)
+    save_every: int = option(500, "steps between checkpoints", POSITIVE)
     figures: bool = option(True, "draw the figures after the evaluation")
 
 
@@ -89,20 +88,20 @@ PRESETS = {
     "real": dict(targets=("cityscapes", "bdd", "mapillary"), harmful=0.0, clip="RN50", stride=16, freeze=3,
                  steps=40000, batch=8, crop=512, lr=1e-4, lr_clip=0.1, amp="auto", workers=8),
     "toy": dict(targets=("toy-cityscapes", "toy-bdd", "toy-mapillary", "toy-night", "toy-fog", "toy-snow"), harmful=0.1,
-                clip="toy", stride=8, freeze=3, steps=400, batch=8, crop=96, lr=3e-3, lr_clip=0.03, amp="fp32", workers=2),  # fp32: same bits
+                clip="toy", stride=8, freeze=3, steps=400, batch=8, crop=96, lr=3e-3, lr_clip=0.03, amp="fp32", workers=2),
 }
 # What --method erm switches off. All else stays, at the same seed to the bit: data, initial weights, optimiser.
 ERM = dict(align="none", reweight=False, text_weight=0.0)
 # What may differ between a run and its continuation. None of it changes a weight, but a device rounds in its own way.
 MAY_CHANGE_ON_RESUME = {"device", "workers", "save_every", "data_root", "figures"}
-WARMUP = 0.05  # fraction of the run over which the learning rate rises
 WEIGHT_DECAY = 0.01  # AdamW's, on matrices alone
 LOG_EVERY = 10  # steps between rows of log.jsonl
 
 
-def in_words(value):
-    """A flag's value as it is typed."""
-    return " ".join(map(str, value)) if isinstance(value, tuple) else value
+def typed(name, value):
+    """A field of Config as its flag is typed."""
+    flag, words = name.replace("_", "-"), " ".join(map(str, value)) if isinstance(value, tuple) else value
+    return f"--{'no-' * (value is False)}{flag}" if isinstance(value, bool) else f"--{flag} {words}"
 
 
 def parse(arguments):
@@ -112,7 +111,7 @@ def parse(arguments):
     for f in dataclasses.fields(Config):
         flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
         if f.default is not None:
-            text += f" (default: {in_words(f.default)})"
+            text += f" (default: {typed(f.name, f.default)})"
         if f.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         elif f.type in (tuple[str, ...], tuple[float, ...]):
@@ -121,8 +120,7 @@ def parse(arguments):
         else:
             parser.add_argument(flag, type=f.type, choices=f.metadata["choices"], help=text,
                                 metavar=None if f.metadata["choices"] else f.type.__name__.upper())
-    given = vars(parser.parse_args(arguments)).items()
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(arguments)).items()}
 
 
 def configure(given):
@@ -131,14 +129,14 @@ def configure(given):
     off = ERM if given.get("method") == "erm" else {}
     for name, value in off.items():
         if given.get(name, value) != value:
-            raise UserError(f"--method erm switches every idea off, so --{name.replace('_', '-')} {given[name]} cannot be; "
+            raise UserError(f"--method erm switches every idea off, so {typed(name, given[name])} cannot be; "
                             f"leave one of the two away.")
     config = Config(**{**PRESETS["toy" if toy else "real"], **off, **given})
     config.out = config.out or os.path.join("runs", f"{config.method}-{'-'.join(config.source)}-seed{config.seed}")
     for f in dataclasses.fields(Config):
         rule, value = f.metadata["rule"], getattr(config, f.name)
         if rule and not rule[1](value):
-            raise UserError(f"--{f.name.replace('_', '-')} {in_words(value)} must be {rule[0]}.")
+            raise UserError(f"{typed(f.name, value)} must be {rule[0]}.")
     return config
 
 
@@ -220,8 +218,8 @@ def make_optimizer(module, config):
          for (is_clip, is_matrix), params in sorted(groups.items())], fused=True)  # one pass over all weights, on a CPU too
 
 
-def learning_rate(step, steps, warmup=WARMUP):
-    """Factor on the learning rate: linear warm-up, then polynomial decay of power 0.9, as the field trains. Pure."""
+def learning_rate(step, steps, warmup=0.05):
+    """Factor on the learning rate: a linear warm-up over a share of the run, then polynomial decay of power 0.9. Pure."""
     first = max(int(warmup * steps), 1)
     return (step + 1) / first if step < first else (1 - (step - first) / max(steps - first, 1)) ** 0.9
 
@@ -276,7 +274,7 @@ def check_first_step(module, optimizer):
 @torch.no_grad()
 def nearness(out, otp, label, tau):
     """Mean distance and mean loss (Eq. 3, w = 1) of this process's pixels to both prototypes: which goal is the easier one?"""
-    grid, row = ppar.labels_on_grid(label, out.emb), {}
+    grid, row = align.labels_on_grid(label, out.emb), {}
     count = (grid != data.VOID).sum().clamp_min(1)
     for name, goal in dict(otp=otp, vtp=out.vtp).items():
         if goal is not None:
@@ -356,8 +354,8 @@ def continue_run(given):
         own = dict(state["config"])
         for name, value in given.items():
             if name not in MAY_CHANGE_ON_RESUME and value != own.get(name):
-                raise UserError(f"--{name.replace('_', '-')} {in_words(value)} differs from the run's own {own.get(name)}: a resumed run "
-                                f"keeps its flags, only {', '.join('--' + n.replace('_', '-') for n in sorted(MAY_CHANGE_ON_RESUME))} "
+                raise UserError(f"{typed(name, value)} differs from the run's own {typed(name, own.get(name))}: a resumed run keeps its "
+                                f"flags, only {', '.join('--' + n.replace('_', '-') for n in sorted(MAY_CHANGE_ON_RESUME))} "
                                 f"may change; start a new run with --out.")
         config = configure({**own, **given, "out": folder})
         if not 0 <= state["step"] <= config.steps:
@@ -369,10 +367,9 @@ def continue_run(given):
 
 def closing_words(config, results):
     """For the drawn world, the committed baseline beside the new row; for every run, the next command to try."""
-    plain = vars(configure({}))
-    own = {"method", "seed", "out", "targets", "prototypes", "w_align", "tau", "ramp", *ERM, *MAY_CHANGE_ON_RESUME}  # not the baseline's
-    committed = Path(__file__).resolve().parent / "results" / "toy.csv"
-    if committed.is_file() and all(value == plain[name] for name, value in vars(config).items() if name not in own):
+    committed, plain = Path(__file__).resolve().parent / "results" / "toy.csv", vars(configure({}))
+    recipe = set(plain) - {"method", "seed", "out", "targets", "prototypes", "w_align", "tau", "ramp", *ERM, *MAY_CHANGE_ON_RESUME}
+    if committed.is_file() and all(getattr(config, name) == plain[name] for name in recipe):
         rows = [row for row in csv.DictReader(committed.read_text().splitlines()) if row["row"] == "erm"]
         cells = [f"{name.removeprefix('toy-')} {sum(float(row[name]) for row in rows) / len(rows):.1f}"
                  for name in [*results["targets"], "unseen"] if rows and rows[0].get(name)]

@@ -208,7 +208,8 @@ def main():
     lines = read(HERE / "toy.csv")
     (HERE / "toy.md").write_text(report(lines), encoding="utf-8")
     short = rows_table(lines, ("clip", "erm", "vote", "full"))
-    put(HERE.parent / "README.md", "toy", "\n".join([*short, "", "Printed by `python results/ablate.py --table`; all rows: `results/toy.md`."]))
+    by = "Printed by `python results/ablate.py --table`; all rows: `results/toy.md`."
+    put(HERE.parent / "README.md", "toy", "\n".join([*short, "", by]))
     if failed:
         sys.exit(f"{failed} runs failed; what they said stands above. The same command tries them again.")
 

@@ -169,6 +169,7 @@ def run(tmp_path, net, otp):
                   tau=0.07, method="ppar", text_weight=0.25, harmful=0.1, reweight=True, batch=2, seed=0, clip="toy",
                   out="elsewhere", workers=8, steps=7)
     (tmp_path / "run").mkdir()
-    state = dict(model=net.state_dict(), vtp=small_net(seed=1).encoder.state_dict(), otp=otp, arch=net.arch, config=config, step=7, optimizer={})
+    state = dict(model=net.state_dict(), clip=small_net(seed=1).encoder.state_dict(), otp=otp,
+                 arch=net.arch, config=config, step=7, optimizer={})
     torch.save(state, tmp_path / "run" / "last.pt")
     return tmp_path / "run", config

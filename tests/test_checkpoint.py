@@ -30,11 +30,11 @@ def test_a_run_is_loaded_as_it_was_saved(run, net, otp):
     with torch.no_grad():
         assert torch.equal(loaded.ppar(image).logits, net(image).logits)
     state = read(run[0])
-    assert difference(dict(loaded.ppar.vtp.state_dict()), dict(state["vtp"])) is None
+    assert difference(dict(loaded.ppar.clip.state_dict()), dict(state["clip"])) is None
     assert torch.equal(loaded.ppar.otp, otp) and loaded.step == 7 and vars(loaded.config) == run[1] and loaded.path == run[0]
     assert not loaded.ppar.training and not any(p.requires_grad for p in loaded.ppar.parameters())
-    torch.save({**state, "vtp": None}, run[0] / "last.pt")
-    assert checkpoint.load_run(run[0]).ppar.vtp is None
+    torch.save({**state, "clip": None}, run[0] / "last.pt")
+    assert checkpoint.load_run(run[0]).ppar.clip is None
 
 
 def test_the_first_process_saves_the_whole_run_but_no_weight_that_is_not_finite(run):
@@ -131,7 +131,7 @@ def test_truncated_foreign_and_unfitting_checkpoints_end_in_one_sentence(run):
     for foreign, reason in ((state["model"], "not written by train.py"), ([1, 2], "no checkpoint|not written"),
                             ({**state, "arch": {"visual": 3}}, "does not hold"),
                             ({**state, "model": dict(list(state["model"].items())[1:])}, "does not hold"),
-                            ({**state, "vtp": {"gamma": torch.ones(3)}}, "does not hold")):
+                            ({**state, "clip": {"gamma": torch.ones(3)}}, "does not hold")):
         torch.save(foreign, file)
         with pytest.raises(UserError, match=reason) as caught:
             checkpoint.load_run(run[0])

@@ -1,10 +1,12 @@
 """Tests of figures.py: what a figure is asked to show, that it shows just that, and the doors that draw them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import write_tiny
 from make_clip import make_clip
 from matplotlib import colormaps
@@ -95,11 +97,15 @@ def test_curves_are_distance_loss_and_lambda_with_a_gap_where_a_method_has_no_nu
     assert [text.get_text() for text in drawn[0].axes[1].get_legend().get_texts()] == ["to the OTP", "to the VTP"]
 
 
-def trust(score, image, label):
+def trust(net, otp, image, label):
     """Eq. 5 and 6 at the end of the ramp, (H, W) each. A place reaches a cell of 16 pixels to each side."""
-    label = torch.from_numpy(label)[None].long()
-    omega = reweight.reliability(score(data.to_tensor(image)[None]), label)
-    return omega[0], reweight.learning_weights(omega, reweight.place_reliability(omega, label, 33), label, ramp=1.0)[0]
+    (h, w), padding = label.shape, (0, -label.shape[1] % 32, 0, -label.shape[0] % 32)
+    label = F.pad(torch.from_numpy(label)[None].long(), padding, value=VOID)
+    with torch.no_grad():
+        out = ppar.Output(*net(F.pad(data.to_tensor(image)[None], padding, mode="replicate")), None)
+    omega = reweight.reliability(ppar.prediction(out, otp, SimpleNamespace(tau=0.07, text_weight=0.25)), label)
+    weight = reweight.learning_weights(omega, reweight.place_reliability(omega, label, 33), label, ramp=1.0)
+    return omega[0, :h, :w], weight[0, :h, :w]
 
 
 @pytest.mark.parametrize("harmful", [0.4, 0.0])
@@ -120,14 +126,14 @@ def test_figures_of_a_run_show_its_targets_beside_a_second_runs_its_scenes_and_c
     for item, row in zip(items, rows, strict=True):
         image, label = data.load_pair(item)
         preds = [evaluate.predict(look, data.to_tensor(image), label.shape) for look in (scorer(net, otp, 1.0), score)]
-        omega = np.where(label == VOID, np.nan, trust(score, image, label)[0])
+        omega = np.where(label == VOID, np.nan, trust(net, otp, image, label)[0])
         assert list(row) == ["image", "truth", "compared: other", "prediction: run", "omega, Eq. 5"]
         assert all(np.allclose(a, b, atol=1e-5, equal_nan=True) for a, b in zip(row.values(), (image, label, *preds, omega)))
     scenes, note = asked["reliability.png"]
     assert len(scenes) == 8 and ("spoilt" in note) == (not harmful)  # a run without any has some for the figure alone
     for k, scene in enumerate(scenes):
         want = toy.draw("toy-gta5", "train", k, harmful=harmful or 0.1)
-        assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(scene, (*want, *trust(score, *want[:2])), strict=True))
+        assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(scene, (*want, *trust(net, otp, *want[:2])), strict=True))
 
     nets = model.SegmentationNet(CLIP.visual, stride=net.arch["stride"]), net  # before training, and after
     groups = data.evenly(data.list_items("toy-gta5", "", "train"), 12), items

@@ -306,7 +306,7 @@ def test_debt_at_the_end_of_each_schedule_is_that_of_the_text(name, owed):
 def weights_of(score, label, place, ramp):
     """(omega, w) of Eq. 5 and 6 as reweight.py computes them, for scores (N, K) and places (N,) of whatever reliability."""
     omega = reweight.reliability(score.T[None, :, None], label[None, None])
-    return omega[0, 0], reweight.learning_weights(omega, place[None, None], label[None, None], ramp)[0, 0]
+    return omega[0, 0], reweight.learning_weights(omega, place[None, None], label[None, None], ramp)[0, 0].double()
 
 
 @for_random_draws
@@ -314,11 +314,11 @@ def test_what_weights_do_to_a_mean(g, p, tau):
     emb, label = random_domain(g, p)
     k, ramp, loss = len(p), uniform(g, 0, 1), bound.score_loss(emb, label, p, tau)
     omega, step = weights_of(emb @ p.T / tau, label, torch.rand(len(label), generator=g), ramp)
-    yield "Eq. 19, margin", (omega.log() + loss + (emb @ p.T / tau).log_softmax(1).amax(1)).abs(), 1e-9
+    yield "Eq. 19, margin", (omega.log() + loss + (emb @ p.T / tau).log_softmax(1).amax(1)).abs(), 1e-5
     decoder, b = 5 * torch.randn(len(label), k, generator=g, dtype=torch.float64), uniform(g, 0, 1)
     both = weights_of((1 - b) * decoder + b * emb @ p.T / tau, label, omega, 1.0)[0]
     alone = weights_of(decoder, label, omega, 1.0)[0]
-    yield "Eq. 19, both margins", -both.log(), -(1 - b) * alone.log() - b * omega.log()
+    yield "Eq. 19, both margins", -both.log(), -(1 - b) * alone.log() - b * omega.log() + 1e-5  # omega is float32
     for w in (step, torch.rand(len(label), generator=g).double()):
         for f in (distance(emb, label, p), loss):
             w_y, f_y, wf_y = (by_class(x, label, k) for x in (w, f, w * f))
@@ -518,7 +518,7 @@ def by_hand(run, items):
         with torch.no_grad():
             logits, emb, vtp = run.ppar(image)
         score = 0.7 * logits + 0.3 * torch.einsum("kd,bdhw->bkhw", run.ppar.otp, emb) / 0.1
-        weight = weights_by_hand(F.interpolate(score, label.shape, mode="bilinear")[0], label)
+        weight = weights_by_hand(score[0].repeat_interleave(4, dim=1).repeat_interleave(4, dim=2), label)
         label = label[2::4, 2::4].flatten()  # the centre of a 4 x 4 cell, by hand
         emb, weight, label = emb[0].flatten(1).T[label != VOID], weight[label != VOID], label[label != VOID]
         parts.append((emb, label, vtp.expand(len(label), -1, -1), weight))

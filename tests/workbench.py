@@ -15,7 +15,7 @@ import ppar
 import train
 
 CPU = torch.device("cpu")
-TERMS = ("loss", "seg", "align", "vtp")
+TERMS = ("loss", "seg", "align")
 
 
 def main(*flags, scored=False):
@@ -60,6 +60,7 @@ def one_step(config, image, label, step, module=None):
     module = module or ppar.build(config)[0].train()
     module.zero_grad(set_to_none=True)
     row, _ = train.backward(module, image, label, config, step, contextlib.nullcontext)
+    row = {name: value for name, value in row.items() if value is not None}  # lambda of a method without alignment
     return row, {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}, module
 
 
