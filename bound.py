@@ -36,8 +36,8 @@ if __name__ == "__main__":  # before the imports that take seconds, so that --he
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
+import align
 import data
 import ppar
 from data import VOID, UserError

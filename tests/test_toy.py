@@ -25,7 +25,8 @@ def scenes():
 DRAWN = {"toy-gta5": (115.947, 3.5358, .1013), "toy-cityscapes": (109.475, 23.4136, .0313),
          "toy-bdd": (119.183, 10.4813, .1089), "toy-mapillary": (126.653, 4.3765, .1260),
          "toy-night": (49.903, 3.6988, .1078), "toy-fog": (140.244, 4.5917, .0861),
-         "toy-snow": (161.897, 4.7155, .1516), "toy-dev": (101.069, 4.6734, .2179)}
+         "toy-snow": (161.897, 4.7155, .1516), "toy-dev": (101.069, 4.6734, .2179),
+         "toy-dev-2": (78.6189, 4.0364, .1235), "toy-dev-3": (100.3787, 4.3531, .1378), "toy-dev-4": (90.2953, 4.0821, .1261)}
 
 
 @pytest.mark.parametrize("name", toy.DOMAINS)
@@ -114,7 +115,8 @@ def test_colour_alone_tells_the_class_in_the_source_and_nowhere_else():
 
 def test_every_scene_of_the_development_domain_has_a_weather_of_its_own(scenes):
     spread = {name: np.std([image.mean() for image, _ in pairs]) for name, pairs in scenes.items()}  # of the brightness
-    assert spread.pop("toy-dev") > 2 * max(spread[name] for name in set(spread) - {"toy-mapillary"})
+    looks = [spread.pop(name) for name in [*spread] if name.startswith("toy-dev")]
+    assert min(looks) > 1.5 * max(spread[name] for name in set(spread) - {"toy-mapillary"})
 
 
 def test_the_embedded_clip_is_small_in_half_precision_and_knows_every_word_of_the_templates():
@@ -134,7 +136,7 @@ def test_the_embedded_clip_names_crops_in_styles_that_it_never_saw(monkeypatch, 
     top1 = {row[0].strip(): dict(zip(row[1:7:2], map(float, row[2:7:2]))) for row in rows}
     assert set(top1) == {*toy.DOMAINS, *(toy_clip.CLASSES[c] for c in toy.CLASSES), "all domains"}
     assert np.mean([top1[name]["cut"] for name in TARGETS]) > .5
-    assert top1["all domains"] == pytest.approx(dict(native=.552, zoom=.570, cut=.719), abs=.01)
+    assert top1["all domains"] == pytest.approx(dict(native=.540, zoom=.568, cut=.716), abs=.01)
 
 
 @pytest.mark.parametrize("styles, pixels, texts, words, order", [("web", 108.746, 141, 16059691, 29365),
