@@ -84,9 +84,9 @@ def objective(out, otp, label, config, step, reduce=lambda x: x):
         return (weight * loss).sum() / reduce(weight.sum(dtype=torch.float64)).clamp_min(1e-8).float()
 
     weight = learning_weights(out, otp, label, config, ramp)  # Eq. 5, 6: (B, H, W)
-    if config.balance > 0:  # a control, not of the paper: n_c^-balance, n_c the weight of the class in the batch
-        count = reduce(torch.bincount(label.flatten(), weight.flatten().double(), minlength=VOID + 1)).clamp_min(1)
-        weight = weight * count.float().pow(-config.balance)[label]
+    if config.balance > 0:  # not of the paper: n_c^-balance, n_c the weight of the class in the batch, summed by columns first
+        count = weight.new_zeros(VOID + 1, label.shape[2]).double().scatter_add_(0, label.flatten(0, 1), weight.flatten(0, 1).double())
+        weight = weight * reduce(count.sum(dim=1)).clamp_min(1).float().pow(-config.balance)[label]
 
     logits = F.interpolate(out.logits.float(), size=label.shape[1:], mode="bilinear", align_corners=False)  # L_seg: (B, K, H, W)
     terms = {"seg": mean(weight, F.cross_entropy(logits, label, ignore_index=VOID, reduction="none"))}
@@ -133,9 +133,9 @@ def distance(emb, label, prototypes):
 @torch.no_grad()
 def look(ppar, image, label):
     """image (3, H, W), label (H, W) -> Output, label (1, H', W'), grid: padded to CLIP's strides, the label by void."""
-    device = ppar.otp.device
-    image, label = pad(image[None].to(device), ppar.net.encoder.multiple), torch.as_tensor(label, device=device)[None].long()
-    label = F.pad(label, (0, image.shape[3] - label.shape[2], 0, image.shape[2] - label.shape[1]), value=VOID)
+    (h, w), image = label.shape, pad(image[None].to(ppar.otp.device), ppar.net.encoder.multiple)
+    label = torch.as_tensor(label, device=image.device)[None].long()
+    label = F.pad(label, (0, image.shape[3] - w, 0, image.shape[2] - h), value=VOID)
     out = ppar(image)
     return out, label, align.labels_on_grid(label, out.emb)
 

@@ -83,10 +83,12 @@ class Config:
     figures: bool = option(True, "draw the figures after the evaluation")
 
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+LOADERS = min(16, max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # the cores that this process has
 # our reading: the abstract names no recipe. Real data: the nearest published ones (README, "Train at scale").
 PRESETS = {
     "real": dict(targets=("cityscapes", "bdd", "mapillary"), harmful=0.0, clip="RN50", stride=16, freeze=3,
-                 steps=40000, batch=8, crop=512, lr=1e-4, lr_clip=0.1, amp="auto", workers=8),
+                 steps=40000, batch=8, crop=512, lr=1e-4, lr_clip=0.1, amp="auto", workers=LOADERS),
     "toy": dict(targets=("toy-cityscapes", "toy-bdd", "toy-mapillary", "toy-night", "toy-fog", "toy-snow"), harmful=0.1,
                 clip="toy", stride=8, freeze=3, steps=400, batch=8, crop=96, lr=3e-3, lr_clip=0.03, amp="fp32", workers=2),
 }
@@ -94,7 +96,6 @@ PRESETS = {
 ERM = dict(align="none", reweight=False, text_weight=0.0)
 # What may differ between a run and its continuation. None of it changes a weight, but a device rounds in its own way.
 MAY_CHANGE_ON_RESUME = {"device", "workers", "save_every", "data_root", "figures"}
-WEIGHT_DECAY = 0.01  # AdamW's, on matrices alone
 LOG_EVERY = 10  # steps between rows of log.jsonl
 
 
@@ -109,17 +110,13 @@ def parse(arguments):
     parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
                                      description="Train on labelled source domains, evaluate on unseen ones.")
     for f in dataclasses.fields(Config):
-        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
-        if f.default is not None:
-            text += f" (default: {typed(f.name, f.default)})"
+        default = "" if f.default is None else f" (default: {typed(f.name, f.default)})"
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%") + default
         if f.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        elif f.type in (tuple[str, ...], tuple[float, ...]):
-            kind = f.type.__args__[0]
-            parser.add_argument(flag, nargs="+", type=kind, metavar=kind.__name__.upper(), help=text)
         else:
-            parser.add_argument(flag, type=f.type, choices=f.metadata["choices"], help=text,
-                                metavar=None if f.metadata["choices"] else f.type.__name__.upper())
+            kind, number = (f.type, None) if isinstance(f.type, type) else (f.type.__args__[0], "+")
+            parser.add_argument(flag, type=kind, nargs=number, choices=f.metadata["choices"], help=text)
     return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(arguments)).items()}
 
 
@@ -190,11 +187,16 @@ def open_data(config, state):
     return data.TrainingStream(sources, config.crop, config.seed, config.mapillary)
 
 
-def open_network(config, stream, state, rank=0):
+def open_network(config, stream, state, rank, device, layout):
     """PPAR at step 0, or as the checkpoint `state` holds it; the first process says what was loaded of CLIP."""
-    module, report = ppar.build(config)
+    turn = 0 if rank == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2  # a CLIP by name is fetched once on each machine
+    for now in range(3):
+        if now == turn:
+            module, report = ppar.build(config)
+        sum_over_processes(torch.zeros(1, device=device))  # waits for the others
     if config.crop % module.net.encoder.multiple:
         raise UserError(f"--crop {config.crop} must be a multiple of {module.net.encoder.multiple} for --clip {config.clip}.")
+    module.to(device, memory_format=layout)
     if state:
         checkpoint.load_weights(module, state, config.out)
     elif config.prototypes == "source":
@@ -214,7 +216,7 @@ def make_optimizer(module, config):
             groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
         [dict(params=params, peak=config.lr * (config.lr_clip if is_clip else 1.0),
-              weight_decay=WEIGHT_DECAY if is_matrix else 0.0)
+              weight_decay=0.01 if is_matrix else 0.0)
          for (is_clip, is_matrix), params in sorted(groups.items())], fused=True)  # one pass over all weights, on a CPU too
 
 
@@ -225,11 +227,11 @@ def learning_rate(step, steps, warmup=0.05):
 
 
 def backward(network, image, label, config, step, autocast):
-    """Forward and backward of one step -> (numbers to log, Output of the whole batch); the gradient stays in the parameters.
+    """Forward and backward of one step -> (terms of Eq. 7, this process's share; lambda and ramp; Output of its images).
 
-    Eq. 6 and the means of Eq. 7 need the outputs of the whole batch. So the loss is taken at the outputs, cut off from
-    the network, and its gradient there is then handed to the network part by part. With micro-batches the first forward
-    keeps nothing but outputs, and each part is computed a second time: less memory, the same numbers.
+    The gradient stays in the parameters. Eq. 6 and the means of Eq. 7 need the outputs of the whole batch. So the loss is
+    taken at the outputs, cut off from the network, and its gradient there is then handed to the network part by part. With
+    micro-batches the first forward keeps outputs alone, and each part is computed again: less memory, the same numbers.
     """
     module = getattr(network, "module", network)  # DistributedDataParallel keeps ours inside
     processes = dist.get_world_size() if dist.is_initialized() else 1
@@ -240,7 +242,7 @@ def backward(network, image, label, config, step, autocast):
         outputs = [network(part) for part in images]
     whole = ppar.Output(*(None if x[0] is None else torch.cat(x).detach() for x in zip(*outputs)))
     leaves = [x.requires_grad_() for x in (whole.logits, whole.emb)]
-    terms, row = ppar.objective(whole, module.otp, label, config, step, sum_over_processes)
+    terms, at = ppar.objective(whole, module.otp, label, config, step, sum_over_processes)
     sum(terms.values()).backward()
 
     # DDP takes the mean over processes where ours are to be summed, and waits for a gradient of every output.
@@ -250,14 +252,7 @@ def backward(network, image, label, config, step, autocast):
             with autocast():
                 out = outputs[0] if len(images) == 1 else network(part)
             torch.autograd.backward([out.logits, out.emb], [grad[start:start + len(part)] for grad in grads])
-
-    values = sum_over_processes(torch.stack(list(terms.values())).detach()).tolist()
-    row = dict(loss=sum(values), **dict(zip(terms, values)), **row)
-    for name, value in reversed(row.items()):
-        if value is not None and not math.isfinite(value):
-            raise UserError(f"the loss term `{name}` is {value} at step {step + 1}: the last good checkpoint, if one was "
-                            f"written, stays in {config.out}; lower --lr, or look at the data (python data.py --check).")
-    return row, whole
+    return {name: term.detach() for name, term in terms.items()}, at, whole
 
 
 def check_first_step(module, optimizer):
@@ -272,14 +267,21 @@ def check_first_step(module, optimizer):
 
 
 @torch.no_grad()
-def nearness(out, otp, label, tau):
-    """Mean distance and mean loss (Eq. 3, w = 1) of this process's pixels to both prototypes: which goal is the easier one?"""
-    grid, row = align.labels_on_grid(label, out.emb), {}
+def describe(terms, at, out, otp, label, config, done):
+    """A row of log.jsonl: the terms, and which goal is the easier one, by distance and by loss (Eq. 3, w = 1; this process's
+    pixels). All processes take part. Nowhere else in a step does the host wait for the device."""
+    values = sum_over_processes(torch.stack(list(terms.values()))).tolist()
+    row = dict(step=done, loss=sum(values), **dict(zip(terms, values)), **at)
+    for name, value in reversed(row.items()):
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"the loss term `{name}` is {value} at step {done}: the last good checkpoint, if one was "
+                            f"written, stays in {config.out}; lower --lr, or look at the data (python data.py --check).")
+    grid = align.labels_on_grid(label, out.emb)
     count = (grid != data.VOID).sum().clamp_min(1)
     for name, goal in dict(otp=otp, vtp=out.vtp).items():
         if goal is not None:
             row["radius_" + name] = (ppar.distance(out.emb, grid, goal).sum() / count).item()
-            row["loss_" + name] = (align.alignment_map(out.emb, grid, goal, tau).sum() / count).item()
+            row["loss_" + name] = (align.alignment_map(out.emb, grid, goal, config.tau).sum() / count).item()
     return row
 
 
@@ -292,14 +294,13 @@ def train(config, state, rank, processes, device):
         raise UserError(f"--batch {config.batch} cannot be split over {processes} processes: give a multiple.")
     start = state["step"] if state else 0
     stream = open_data(config, state)
-    module = open_network(config, stream, state, rank)
+    bf16, autocast = checkpoint.precision(config.amp, device)
+    layout = torch.channels_last if bf16 or device.type == "cuda" else torch.contiguous_format  # what fast convolutions read
+    module = open_network(config, stream, state, rank, device, layout)
     if rank == 0:
         checkpoint.open_folder(config, start if state else None)
         print(f"source {' + '.join(f'{n} ({len(i)} images)' for n, i in zip(config.source, stream.sources))}, method "
               f"{config.method}, align {config.align}, reweight {config.reweight}, {processes} process(es) on {device.type}")
-    bf16, autocast = checkpoint.precision(config.amp, device)
-    layout = torch.channels_last if bf16 or device.type == "cuda" else torch.contiguous_format  # what fast convolutions read
-    module.to(device, memory_format=layout)
     optimizer = make_optimizer(module, config)
     if state:
         checkpoint.load_optimizer(optimizer, state, config.out)
@@ -322,20 +323,20 @@ def train(config, state, rank, processes, device):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
             optimizer.zero_grad(set_to_none=True)
-            row, out = backward(network, image.contiguous(memory_format=layout), label, config, step, autocast)
+            terms, at, out = backward(network, image.contiguous(memory_format=layout), label, config, step, autocast)
             if step == start:
                 check_first_step(module, optimizer)
-            optimizer.step()
-
-            done = step + 1
-            if rank == 0 and (done % LOG_EVERY == 0 or done == config.steps):
-                row = dict(step=done, **row, **nearness(out, module.otp, label, config.tau), lr=config.lr * rate,
-                           seconds=round(time.perf_counter() - began, 2))
-                with open(os.path.join(config.out, "log.jsonl"), "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+            done, stopping = step + 1, len(signals) if processes == 1 else 0
+            if done % LOG_EVERY == 0 or done == config.steps:
+                row = describe(terms, at, out, module.otp, label, config, done)
+                stopping = sum_over_processes(torch.tensor(len(signals), device=device)).item()  # all stop, or none
+                row |= dict(lr=config.lr * rate, seconds=round(time.perf_counter() - began, 2))
+                if rank == 0:
+                    with open(os.path.join(config.out, "log.jsonl"), "a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
                 bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "seg", "align", "lam") if row.get(k) is not None})
+            optimizer.step()
             bar.update()
-            stopping = sum_over_processes(torch.tensor(float(len(signals)), device=device)).item() > 0
             if done % config.save_every == 0 or done == config.steps or stopping:
                 checkpoint.save(module, optimizer, config, done, rank)
             if stopping:
@@ -366,14 +367,13 @@ def continue_run(given):
 
 
 def closing_words(config, results):
-    """For the drawn world, the committed baseline beside the new row; for every run, the next command to try."""
-    committed, plain = Path(__file__).resolve().parent / "results" / "toy.csv", vars(configure({}))
-    recipe = set(plain) - {"method", "seed", "out", "targets", "prototypes", "w_align", "tau", "ramp", *ERM, *MAY_CHANGE_ON_RESUME}
-    if committed.is_file() and all(getattr(config, name) == plain[name] for name in recipe):
-        rows = [row for row in csv.DictReader(committed.read_text().splitlines()) if row["row"] == "erm"]
-        cells = [f"{name.removeprefix('toy-')} {sum(float(row[name]) for row in rows) / len(rows):.1f}"
-                 for name in [*results["targets"], "unseen"] if rows and rows[0].get(name)]
-        print(f"baseline (--method erm), mean of {len(rows)} seeds, not trained now but read from results/toy.csv: {', '.join(cells)}")
+    """For the drawn world, the best committed rival at its default flags; for every run, the next command to try."""
+    committed = Path(__file__).resolve().parent / "results" / "toy.csv"
+    table = list(csv.DictReader(committed.read_text().splitlines())) if committed.is_file() else []
+    if rows := [row for row in table if row["row"] == "vote" and set(results["targets"]) <= set(row)]:
+        means = {name: sum(float(row[name]) for row in rows) / len(rows) for name in [*results["targets"], "unseen"]}
+        print(f"the baseline that votes with the text score (--align none --no-reweight; {len(rows)} seeds, from results/toy.csv): "
+              + ", ".join(f"{name.removeprefix('toy-')} {mean:.1f}" for name, mean in means.items()))
     print(f"next: every term of the theorem, `python bound.py {config.out}`; with a second run (such as the baseline: the same "
           f"flags, `--method erm --out OTHER`), both predictions, `python figures.py {config.out} --compare OTHER`")
 

@@ -20,7 +20,7 @@ TERMS = ("loss", "seg", "align")
 
 def main(*flags, scored=False):
     """train.main in this process, every step logged -> None, or the sentence that it ended with."""
-    score = evaluate.evaluate_targets if scored else lambda *args, **kwargs: None
+    score = evaluate.evaluate_targets if scored else lambda *args, **kwargs: dict(targets={})
     flags = [*flags] if scored else [*flags, "--no-figures"]
     with mock.patch.object(evaluate, "evaluate_targets", score), mock.patch.object(train, "LOG_EVERY", 1):
         try:
@@ -59,9 +59,9 @@ def one_step(config, image, label, step, module=None):
     """(row, gradients, module) of one train.backward on fresh weights."""
     module = module or ppar.build(config)[0].train()
     module.zero_grad(set_to_none=True)
-    row, _ = train.backward(module, image, label, config, step, contextlib.nullcontext)
-    row = {name: value for name, value in row.items() if value is not None}  # lambda of a method without alignment
-    return row, {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}, module
+    terms, _, _ = train.backward(module, image, label, config, step, contextlib.nullcontext)
+    row = {name: term.item() for name, term in terms.items()}
+    return dict(row, loss=sum(row.values())), {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}, module
 
 
 def assert_close(grads, others, tolerance=1e-5):
