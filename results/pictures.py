@@ -1,0 +1,83 @@
+"""pictures.py: the two pictures at the top of the README, drawn from two finished runs.
+
+    python train.py --out runs/full && python train.py --method erm --out runs/erm
+    python results/pictures.py runs/full runs/erm
+
+strip.png    one scene of an unseen domain: image, truth, the baseline's prediction, the method's
+method.png   one source scene in CLIP's space: its cells (Eq. 6 as size), both prototypes of each class (Eq. 1 and 2), and
+             the path of the goal from one to the other (Eq. 4), in the plane of the largest variance of all of them
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import align  # noqa: E402
+import checkpoint  # noqa: E402
+import data  # noqa: E402
+import figures  # noqa: E402
+import ppar  # noqa: E402
+import toy  # noqa: E402
+from evaluate import make_scorer, predict  # noqa: E402
+
+
+def strip(path, run, baseline, domain="toy-snow", index=5):
+    """One scene as four panels."""
+    image, truth, _ = toy.draw(domain, "val", index)
+    row = {"never seen: " + domain.removeprefix("toy-"): image, "truth": truth}
+    for name, who in (("baseline", baseline), ("PPAR", run)):
+        row[name] = predict(make_scorer(who.ppar, who.config), data.to_tensor(image), truth.shape)
+    return figures.figure_predictions(path, [row])
+
+
+def method(path, run, index=3, least=6):
+    """Cells, prototypes and paths of the classes that at least `least` cells of a spoilt source scene are labelled with."""
+    image, label, _ = toy.draw("toy-gta5", "train", index, harmful=1.0)
+    out, padded, grid = ppar.look(run.ppar, data.to_tensor(image), label)
+    otp, vtp = run.ppar.otp, out.vtp[0]
+    weight = align.labels_on_grid(ppar.learning_weights(out, otp, padded, run.config, ramp=1.0), out.emb)[0]
+    present = [c for c in range(len(data.CLASSES)) if (grid == c).sum() >= least]
+    chosen = torch.isin(grid[0], torch.tensor(present))
+    cells, names, weight = out.emb[0].permute(1, 2, 0)[chosen], grid[0][chosen], weight[chosen]
+    points = torch.cat([cells, otp[present], vtp[present]])
+    centre = points.mean(dim=0)
+    axes = torch.linalg.svd(points - centre, full_matrices=False).Vh[:2].T  # (D, 2): two main directions
+
+    fig = Figure(figsize=(9, 6.5), layout="constrained")
+    ax = fig.subplots()
+    ax.scatter(*((cells - centre) @ axes).T, s=4 + 40 * weight, c=data.COLORS[names] / 255, alpha=0.7, linewidths=0)
+    goals = torch.stack([align.goal(otp, out.vtp, lam).view(otp.shape) for lam in np.linspace(1, 0, 20)])  # (20, K, D)
+    for c in present:
+        line = (goals[:, c] - centre) @ axes
+        colour = data.COLORS[c] / 255
+        ax.plot(*line.T, color=colour, linewidth=2)
+        for at, marker in ((0, "*"), (-1, "D")):
+            ax.scatter(*line[at], s=260 if marker == "*" else 70, marker=marker, color=[colour], edgecolors="black", zorder=3)
+        ax.annotate(data.CLASSES[c], line[0], textcoords="offset points", xytext=(8, 6), fontsize=10)
+    for marker, text, size in (("*", "OTP: the class's name (Eq. 1)", 14), ("D", "VTP: after a look at the image (Eq. 2)", 7),
+                               ("o", "cell whose label is believed (Eq. 6)", 7), (".", "cell whose label is not", 4)):
+        ax.plot([], [], marker, color="0.6", markeredgecolor="black" if marker in "*D" else "0.6", markersize=size, label=text)
+    ax.plot([], [], color="0.6", linewidth=2, label="path of the goal while training goes on (Eq. 4)")
+    ax.legend(frameon=False, fontsize=9)
+    ax.set(xticks=[], yticks=[])
+    checkpoint.write_atomically(path, lambda file: fig.savefig(file, dpi=110, format="png"))
+    return path
+
+
+def main(full, baseline):
+    with torch.no_grad():
+        full, baseline = (checkpoint.load_run(folder) for folder in (full, baseline))
+        print(strip(ROOT / "results" / "strip.png", full, baseline))
+        print(method(ROOT / "results" / "method.png", full))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("give two run folders, of the full method and of the baseline: see the head of this file.")
+    main(*sys.argv[1:])
