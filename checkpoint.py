@@ -10,35 +10,29 @@ not write must be refused before any of it runs.
     save     write beside the file, flush to the disk, rename: whoever looks sees the old file or the new one
     load     compare check sums, unpickle weights alone, rebuild the network from `arch`, load every tensor strictly
 
-The front doors of a finished run (evaluate.py, figures.py, bound.py) share what stands at the end: their flags, the
-device, and the one sentence that ends a mistake of the user.
-
 Not here: when a run is saved (train.py), results.json (evaluate.py). torch is imported inside the functions, so that
 `--help` answers at once. Run `python checkpoint.py` for a demonstration in seconds.
 """
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import zipfile
+from collections import namedtuple
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
 
 from data import UserError
 
-
-class Run(NamedTuple):
-    """A trained run: the PPAR module, its flags as a namespace, the step that it is at, its folder."""
-
-    ppar: Any
-    config: SimpleNamespace
-    step: int
-    path: Path
+Run = namedtuple("Run", "ppar config step path")  # a trained PPAR module, its flags as a namespace, its step, its folder
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -56,8 +50,7 @@ def write_atomically(path, write):
     except (OSError, RuntimeError) as error:
         while error.__context__ is not None:  # torch reports a full disk as a position in its own source; the
             error = error.__context__  # system's reason lies below it
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise UserError(f"{path} could not be written ({' '.join(str(error).split())[:200]}): the file before it is untouched; "
                         f"make room and try again, a training run with --resume {os.path.dirname(path)}.") from None
 
@@ -74,45 +67,36 @@ def open_folder(config, step=None):
     With the step of a resumption, tell run.json of it, and drop the log rows of steps that will be done again.
     """
     folder, now = Path(config.out), describe(config)
+    told, log = folder / "run.json", folder / "log.jsonl"
     if step is None:
         if (folder / "last.pt").exists():  # there from step 0 on
             raise UserError(f"--out {folder} holds another run: give another --out, or go on with that one by --resume {folder}.")
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "run.json", now)
-        (folder / "log.jsonl").unlink(missing_ok=True)
-        return
+        log.unlink(missing_ok=True)
+        return write_json(told, now)
     with contextlib.suppress(FileNotFoundError, ValueError):
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        run.setdefault("resumed", []).append(dict(now, step=step))
-        write_json(folder / "run.json", run)
+        run = json.loads(told.read_text(encoding="utf-8"))
+        write_json(told, run | dict(resumed=[*run.get("resumed", []), dict(now, step=step)]))
     with contextlib.suppress(FileNotFoundError):
-        rows = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        rows = log.read_text(encoding="utf-8").splitlines(keepends=True)
         rows = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
-        write_atomically(folder / "log.jsonl", lambda file: file.write("".join(rows).encode()))
+        write_atomically(log, lambda file: file.write("".join(rows).encode()))
 
 
 def describe(config):
     """What somebody needs to trust or repeat a number: command, flags, versions, commit."""
-    import hashlib
-    from importlib import metadata
-
     import torch
-
     from model import TOY_CLIP
-
-    def git(*words):
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git here, or no repository
-            return subprocess.check_output(["git", *words], cwd=Path(__file__).resolve().parent, text=True,
-                                           stderr=subprocess.DEVNULL).strip()
-
-    digest = None  # of a CLIP by name, clip.load has checked the hash
+    digest = commit = None
     with contextlib.suppress(FileNotFoundError), open(TOY_CLIP if config.clip == "toy" else config.clip, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    changes = git("status", "--porcelain", "-uno")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()  # of a CLIP by name, clip.load has checked the hash
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git here, or no repository
+        words = "git describe --always --exclude=* --abbrev=40 --dirty".split()  # the whole hash, and "-dirty" after a change
+        commit = subprocess.check_output(words, cwd=Path(__file__).resolve().parent, text=True, stderr=subprocess.DEVNULL).strip()
     versions = {name: metadata.version(name) for name in ("torch", "torchvision", "numpy", "pillow", "clip-anytorch")}
     return dict(command=" ".join(["python", *sys.argv]), config=vars(config), clip_sha256=digest,
-                versions=dict(python=sys.version.split()[0], **versions), commit=git("rev-parse", "HEAD"),
-                changed_since_commit=None if changes is None else bool(changes), threads=torch.get_num_threads())
+                versions=dict(python=sys.version.split()[0], **versions), commit=commit and commit.removesuffix("-dirty"),
+                changed_since_commit=commit and commit.endswith("-dirty"), threads=torch.get_num_threads())
 
 
 # ----------------------------------------------------------------------------------------------------------- checkpoints
@@ -124,11 +108,10 @@ def save(ppar, optimizer, config, step, rank=0):
     if not all(torch.isfinite(t).all() for t in ppar.state_dict().values() if t.is_floating_point()):
         raise UserError(f"the weights are not finite after step {step}: the last good checkpoint stays in {config.out}; "
                         f"lower --lr, or look at the data (python data.py --check).")
-    if rank > 0:
-        return
-    content = dict(model=ppar.net.state_dict(), clip=ppar.clip and ppar.clip.state_dict(), otp=ppar.otp, arch=ppar.net.arch,
-                   optimizer=optimizer.state_dict(), step=step, config=vars(config))
-    write_atomically(os.path.join(config.out, "last.pt"), lambda file: torch.save(content, file))
+    if rank == 0:
+        content = dict(model=ppar.net.state_dict(), clip=ppar.clip and ppar.clip.state_dict(), otp=ppar.otp, arch=ppar.net.arch,
+                       optimizer=optimizer.state_dict(), step=step, config=vars(config))
+        write_atomically(os.path.join(config.out, "last.pt"), lambda file: torch.save(content, file))
 
 
 def read(folder):
@@ -137,20 +120,16 @@ def read(folder):
     weights_only: a checkpoint is a pickle, and a pickle may hold code. Here code is refused before any of it runs.
     The check sums in the file are compared first, which torch.load does not: a flipped bit is a wrong weight.
     """
-    import zipfile
-
     import torch
     file = Path(folder) / "last.pt"
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: there is no such run folder; give the one that train.py wrote (--out).")
-    if not file.is_file():
-        raise UserError(f"{folder}: no last.pt in this folder; train.py writes it before its first step.")
     try:
         with zipfile.ZipFile(file) as archive:
             if archive.testzip():
                 raise zipfile.BadZipFile
         state = torch.load(file, map_location="cpu", weights_only=True)
         missing = {"model", "clip", "otp", "arch", "config", "optimizer", "step"} - set(state)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{file} does not exist: give the run folder that train.py wrote (--out).") from None
     except Exception as error:
         raise UserError(f"{file} is no checkpoint that can be read ({type(error).__name__}): it is damaged or "
                         f"was not written by train.py; nothing in it was executed.") from None
@@ -165,8 +144,7 @@ def refuse_misfit(folder):
     try:
         yield
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise UserError(f"{folder}/last.pt does not hold the network that it describes "
-                        f"({' '.join(str(error).split())[:200]}).") from None
+        raise UserError(f"{folder}/last.pt does not hold the network that it describes ({' '.join(str(error).split())[:200]}).") from None
 
 
 def load_weights(ppar, state, folder):
@@ -225,41 +203,34 @@ def open_run(args):
     """What run_flags has parsed -> Run, its flags replaced by those that were given."""
     if args.run is None:
         raise UserError("which run? Give the folder that train.py wrote, before the flags.")
-    if args.holdout < 0:
-        raise UserError(f"--holdout {args.holdout} cannot be negative.")
+    for name in ("holdout", "workers"):
+        if getattr(args, name, 0) < 0:
+            raise UserError(f"--{name} {getattr(args, name)} cannot be negative.")
     run = load_run(args.run, choose_device(args.device))
     run.config.out, run.config.holdout_unseen = args.run, args.holdout
-    vars(run.config).update({name: getattr(args, name) for name in ("targets", "data_root") if getattr(args, name) is not None})
+    given = {name: getattr(args, name, None) for name in ("targets", "data_root", "mapillary", "workers")}
+    vars(run.config).update({name: value for name, value in given.items() if value is not None})
     return run
 
 
 def choose_device(name=None):
     """torch.device of a name, or of the best that is here; UserError if this machine does not have it."""
     import torch
-    cuda = torch.cuda.is_available()
-    name = name or ("cuda" if cuda else "cpu")
+    here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0))]
+    name = name or ("cuda" if len(here) > 1 else "cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # one GPU for each process of a machine
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("this project is written for cpu and cuda")
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here ({str(error).split('. ')[0][:120]}): this machine has cpu"
-                        f"{' and cuda' * cuda}.") from None
-    return device
+    if name not in here:
+        raise UserError(f"--device {name} cannot be used here: choose from {', '.join(here)}.")
+    return torch.device(name)
 
 
 def precision(amp, device):
-    """(whether bf16 is used, autocast context). bfloat16 has float32's range: no loss scaling, and no overflow to NaN.
-
-    `auto` asks the processor: one without bf16 arithmetic emulates it, slower than float32.
-    """
+    """(whether bf16 is used, autocast context). bfloat16 has float32's range: no loss scaling, and no overflow to NaN."""
     import torch
     if device.type == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
+    else:  # without bf16 arithmetic, a processor emulates it, slower than float32
         able = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
     bf16 = amp == "bf16" or (amp == "auto" and able)
     return bf16, lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
@@ -275,8 +246,7 @@ def outlive_signals(worker):
 def catch_signals():
     """SIGTERM and Ctrl-C fill a list instead of killing: the loop finishes its step, saves, and stops.
 
-    A second one means it, if it comes seconds later: a terminal, torchrun and a cluster's scheduler each may hand on one
-    and the same stop.
+    A second one means it, if it comes seconds later: a terminal, torchrun and a scheduler each may hand on the same stop.
     """
     received = []
 
@@ -306,8 +276,6 @@ def one_sentence(folder):
 
 def _demo():
     """A crash in the middle of a write leaves the old file as it was."""
-    import tempfile
-
     def crash(file):
         file.write(b'{"step"')
         raise OSError("no space left on device")

@@ -22,6 +22,7 @@ Not here: figures (figures.py), the terms of the bound (bound.py), training (tra
 
 import argparse
 import csv
+import functools
 import io
 import json
 import math
@@ -75,21 +76,19 @@ def confusion_matrix(pred, label, num_classes):
         raise UserError(f"a prediction of shape {pred.shape} cannot answer a label of shape {label.shape}.")
     index = label.astype(np.uint16) << 8 | pred
     count = np.bincount(index.ravel(), minlength=1 << 16).reshape(256, 256)
-    if (stray := count[:, num_classes:].any(0)).any():
-        raise UserError(f"prediction {num_classes + stray.argmax()} is none of the classes 0..{num_classes - 1}.")
-    if (stray := count[num_classes:VOID].any(1)).any():
-        raise UserError(f"label {num_classes + stray.argmax()} is none of the classes 0..{num_classes - 1} nor "
-                        f"void ({VOID}): were raw ids passed in place of train ids?")
+    for name, stray in (("prediction", count[:, num_classes:].any(0)), ("label", count[num_classes:VOID].any(1))):
+        if stray.any():
+            raise UserError(f"{name} {num_classes + stray.argmax()} is none of the classes 0..{num_classes - 1} (and "
+                            f"only a label may be void, {VOID}): were raw ids passed in place of train ids?")
     return torch.from_numpy(count[:num_classes, :num_classes].astype(np.int64))
 
 
 def _ids(array):
     """Integers of any type as uint8, so that a -1 or 256 is an error and does not wrap round to a class."""
     array = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
-    if array.dtype.kind not in "iu":
-        raise UserError(f"class ids are integers, not {array.dtype}.")
-    if array.dtype != np.uint8 and array.size and not 0 <= array.min() <= array.max() <= 255:
-        raise UserError(f"class ids lie in 0..255, not in {array.min()}..{array.max()}.")
+    low, high = array.min(initial=0), array.max(initial=0)
+    if array.dtype.kind not in "iu" or low < 0 or high > 255:
+        raise UserError(f"class ids are integers in 0..255, not {array.dtype} in {low}..{high}.")
     return array.astype(np.uint8, copy=False)
 
 
@@ -121,7 +120,6 @@ def make_scorer(module, config):
     return score
 
 
-@torch.no_grad()
 def predict(score, image, size, scale=1.0, slide=0, slide_stride=0, flip=False):
     """The class of every pixel, uint8 (H, W) of `size`: image (3, H', W'), score from make_scorer.
 
@@ -133,34 +131,29 @@ def predict(score, image, size, scale=1.0, slide=0, slide_stride=0, flip=False):
     """
     if not scale > 0 or slide < 0 or not 0 <= slide_stride <= slide:
         raise UserError(f"--scale {scale} --slide {slide} --slide-stride {slide_stride}: the scale must be "
-                              f"positive, and the stride at most the window, or pixels between windows go unseen.")
+                        f"positive, and the stride at most the window, or pixels between windows go unseen.")
     image = image[None]
     if scale != 1:
         resized = [max(1, round(side * scale)) for side in image.shape[2:]]
         image = F.interpolate(image, size=resized, mode="bilinear", align_corners=False, antialias=True)
     height, width = image.shape[2:]
-    window_h, window_w = min(slide or height, height), min(slide or width, width)
+    window = min(slide or height, height), min(slide or width, width)
     stride = slide_stride or max(1, slide * 2 // 3)
-
-    def view(window):
-        prob = score(window).exp_()
-        return prob.add_(score(window.flip(3)).exp_().flip(3)).div_(2) if flip else prob
-
-    if (window_h, window_w) == (height, width):
-        prob = view(image)
-    else:  # the only full-size scores are one sum: memory does not depend on the number of windows
-        prob, seen = None, image.new_zeros(height, width)
-        for here in _windows((height, width), (window_h, window_w), stride):
-            part = view(image[here])
-            prob = part.new_zeros(1, part.shape[1], height, width) if prob is None else prob
-            prob[here] += part
-            seen[here] += 1
-        prob /= seen
+    prob, seen = None, image.new_zeros(height, width)
+    for here in _windows((height, width), window, stride):
+        part = score(image[here]).exp_()
+        if flip:
+            part.add_(score(image[here].flip(3)).exp_().flip(3)).div_(2)
+        # The only full-size scores are one sum: memory does not depend on the number of windows.
+        prob = part.new_zeros(1, part.shape[1], height, width) if prob is None else prob
+        prob[here] += part
+        seen[here] += 1
+    prob /= seen
     if tuple(prob.shape[2:]) != tuple(size):
         prob = F.interpolate(prob, size=tuple(size), mode="bilinear", align_corners=False)
     best, pred = prob[0].max(dim=0)
     if not best.sum().isfinite():  # max hands on a nan
-        raise UserError("the network's scores are not finite: this checkpoint is broken, not a bad segmenter.")
+        raise UserError("the network's scores are not finite: this checkpoint is broken, not a bad segmenter; train it again.")
     return pred.byte().cpu().numpy()
 
 
@@ -171,36 +164,24 @@ def _windows(size, window, stride):
     return [(..., slice(top, top + window[0]), slice(left, left + window[1])) for top in rows for left in columns]
 
 
-class _Pictures(torch.utils.data.Dataset):
-    def __init__(self, items, mapillary):
-        self.items, self.mapillary = items, mapillary
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        image, label = data.load_pair(self.items[index], self.mapillary)
-        return data.to_tensor(image), torch.from_numpy(label)
+def _load(mapillary, item):
+    image, label = data.load_pair(item, mapillary)
+    return data.to_tensor(image), torch.from_numpy(label)
 
 
-def evaluate_dataset(score, items, mapillary="A", protocol=PROTOCOL, device="cpu", workers=0, progress=True):
-    """The confusion matrix (K, K) of one data set. Tables of disjoint item lists add up, on one machine or several.
+def evaluate_dataset(score, items, mapillary="A", protocol=PROTOCOL, device="cpu", workers=0, title=None):
+    """The confusion matrix (K, K) of a list of items. Tables of disjoint lists add up, on one machine or several.
 
     A file that cannot be read ends the evaluation: a score that silently skips images is a score on another data set.
     """
-    if not items:
-        raise UserError("no images to score: the list of items is empty.")
+    # A generator of its own: a loader's seed must not move the global random numbers of training.
     loader = torch.utils.data.DataLoader(
-        _Pictures(items, mapillary), batch_size=None, num_workers=min(workers, len(items)),
-        pin_memory=torch.device(device).type == "cuda",
-        generator=torch.Generator())  # its own: a loader's seed must not move the global random numbers of training
+        items, batch_size=None, collate_fn=functools.partial(_load, mapillary), generator=torch.Generator(),
+        num_workers=min(workers, len(items)), pin_memory=torch.device(device).type == "cuda")
     conf = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64)
-    for item, (image, label) in zip(items, tqdm(loader, items[0].dataset, unit="image", disable=not progress)):
-        try:
-            pred = predict(score, image.to(device, non_blocking=True), label.shape, **protocol)
-            conf += confusion_matrix(pred, label, len(conf))
-        except UserError as error:
-            raise UserError(f"{item.image}: {error}") from None
+    for image, label in tqdm(loader, title, unit="image", disable=not title):
+        pred = predict(score, image.to(device, non_blocking=True), label.shape, **protocol)
+        conf += confusion_matrix(pred, label, len(conf))
     return conf
 
 
@@ -214,10 +195,9 @@ def evaluation_size(protocol):
     return f"label's full size; input scale {float(protocol['scale'])}, {view}" + ", flip averaged" * protocol["flip"]
 
 
-def write_results(run, confs, protocol=PROTOCOL, images=None):
-    """results.json and results.csv from one confusion matrix per data set; returns what is in results.json.
+def write_results(run, confs, images, protocol=PROTOCOL):
+    """results.json and results.csv from the confusion matrix and the number of images of each data set -> results.json.
 
-    images  data set -> number of images scored
     Per cent throughout; a class that does not occur is null, never 0. A data set that the run was trained on may be
     among confs (its held-out images); it is shown and stays out of the mean, for the mean speaks of unseen domains.
     """
@@ -228,32 +208,20 @@ def write_results(run, confs, protocol=PROTOCOL, images=None):
     targets = {}
     for name, conf in confs.items():
         score = [None if math.isnan(c) else 100 * c for c in (*iou(conf).tolist(), mean_iou(conf))]
-        targets[name] = dict(miou=score[-1], unseen=name not in config.source, images=(images or {}).get(name),
+        targets[name] = dict(miou=score[-1], unseen=name not in config.source, images=images[name],
                              pixels=int(conf.sum()), **taken, iou=dict(zip(data.CLASSES, score)))
-    results = dict(run=Path(config.out).name, method=config.method, source=list(config.source), targets=targets, mean=None,
-                   mean_over=[name for name, row in targets.items() if row["unseen"] and row["miou"] is not None],
+    unseen = [name for name, row in targets.items() if row["unseen"] and row["miou"] is not None]
+    results = dict(run=run.path.name, method=config.method, source=list(config.source), targets=targets,
+                   mean=_mean(targets[name]["miou"] for name in unseen), mean_over=unseen,
                    mean_rule="mean of the miou of the unseen targets; data sets of the source are left out", **taken)
-    results["mean"] = table(results)["mean"]["mean"]
 
     lines = [["target", "miou", "unseen", "images", *taken, *data.CLASSES]]
     lines += [[name, row["miou"], row["unseen"], row["images"], *taken.values(), *row["iou"].values()] for name, row in targets.items()]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)  # None becomes an empty cell
-    checkpoint.write_atomically(Path(config.out) / "results.csv", lambda file: file.write(text.getvalue().encode()))
-    checkpoint.write_json(Path(config.out) / "results.json", results)
+    checkpoint.write_atomically(run.path / "results.csv", lambda file: file.write(text.getvalue().encode()))
+    checkpoint.write_json(run.path / "results.json", results)
     return results
-
-
-def table(results):
-    """results -> {column: {line: per cent or None}}: data sets and the mean over unseen ones; 19 classes and the mean.
-
-    The corner, the mean of the means, is the mean of the mIoUs above it and not of the classes beside it: the two
-    differ where a class does not occur in every target, and the field reports the first.
-    """
-    columns = {name: {**row["iou"], "mean": row["miou"]} for name, row in results["targets"].items()}
-    unseen = [columns[name] for name in results["mean_over"]]
-    columns["mean"] = {line: _mean([column[line] for column in unseen]) for line in (*data.CLASSES, "mean")}
-    return columns
 
 
 def _mean(values):
@@ -262,31 +230,35 @@ def _mean(values):
 
 
 def print_table(results, compare=None):
-    """The table, and how it was taken. compare: results of a second run; its means and the difference follow."""
-    columns = table(results)
-    heads = [name + "*" * (name != "mean" and not results["targets"][name]["unseen"]) for name in columns]
+    """Classes by data sets and the mean over the unseen ones. compare: results of a second run; its means and the difference follow.
+
+    The corner, the mean of the means, is the mean of the mIoUs beside it and not of the classes above it: the two
+    differ where a class does not occur in every target, and the field reports the first.
+    """
+    targets, unseen = results["targets"], results["mean_over"]
+    columns = {name: {**row["iou"], "mean": row["miou"]} for name, row in targets.items()}
+    columns["mean"] = {line: _mean(columns[name][line] for name in unseen) for line in (*data.CLASSES, "mean")}
+    heads = [*(name if row["unseen"] else name + "*" for name, row in targets.items()), "mean"]
     widths = [max(8, len(head) + 2) for head in heads]
-    rule = "-" * (14 + sum(widths))
 
     def line(title, values, form=".1f"):
         cells = ["-" if value is None else value if isinstance(value, str) else format(value, form) for value in values]
         print(f"{title[:13]:14}" + "".join(cell.rjust(width) for cell, width in zip(cells, widths)))
 
     line("IoU in %", heads)
-    print(rule)
     for name in (*data.CLASSES, "mean"):
-        if name == "mean":
-            print(rule)
+        if name in (data.CLASSES[0], "mean"):
+            print("-" * (14 + sum(widths)))
         line(name, [column[name] for column in columns.values()])
     if compare:
-        means = [column["mean"] for column in columns.values()]
-        others = [compare["targets"].get(name, {}).get("miou") for name in results["targets"]]
-        unseen = [other for name, other in zip(columns, others) if name in results["mean_over"]]
-        others.append(None if None in unseen else _mean(unseen))  # over the same data sets, or not at all
-        line(compare["run"], others)
-        line("difference", [None if None in pair else pair[0] - pair[1] for pair in zip(means, others)], "+.1f")
-    line("images", [str(row["images"] or "-") for row in results["targets"].values()])
-    if heads != list(columns):
+        other = {name: compare["targets"].get(name, {}).get("miou") for name in targets}
+        same = set(unseen) <= set(compare["mean_over"])  # the mean over the same data sets, or none
+        other["mean"] = _mean(other[name] for name in unseen) if same else None
+        pairs = [(columns[name]["mean"], other[name]) for name in columns]
+        line(compare["run"], other.values())
+        line("difference", [None if None in pair else pair[0] - pair[1] for pair in pairs], "+.1f")
+    line("images", [str(row["images"]) for row in targets.values()])
+    if not all(row["unseen"] for row in targets.values()):
         print("* a source of this run: not part of the mean over unseen targets")
     print(f"{results['evaluation_size']}; checkpoint: {results['checkpoint']}; Mapillary convention "
           f"{results['mapillary']}; a class that does not occur (-) is left out of the means")
@@ -298,21 +270,18 @@ def evaluate_targets(run, protocol=PROTOCOL, rank=0, processes=1, compare=None):
     compare  folder of a second run, whose results.json is shown beside
     Of several processes, each scores its share of the images of every target; the sum of their tables is the table.
     """
-    config, device = run.config, run.ppar.otp.device
-    targets = find_targets(config)
+    config, device, targets = run.config, run.ppar.otp.device, find_targets(run.config)
     other = _read_results(compare, config, protocol) if compare else None
     score, confs = make_scorer(run.ppar, config), {}
     for name, items in targets.items():
-        conf = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64)
-        if mine := items[rank::processes]:
-            conf = evaluate_dataset(score, mine, config.mapillary, protocol, device, config.workers, progress=rank == 0)
+        mine, title = items[rank::processes], None if rank else name
+        conf = evaluate_dataset(score, mine, config.mapillary, protocol, device, config.workers, title)
         if processes > 1:
-            conf = conf.to(device)  # where the processes' backend can add
-            torch.distributed.all_reduce(conf)
+            torch.distributed.all_reduce(conf := conf.to(device))  # where the processes' backend can add
         confs[name] = conf.cpu()
     if rank:
         return None
-    results = write_results(run, confs, protocol, {name: len(items) for name, items in targets.items()})
+    results = write_results(run, confs, {name: len(items) for name, items in targets.items()}, protocol)
     print_table(results, other)
     return results
 
@@ -329,16 +298,12 @@ def _read_results(run, config, protocol):
     """results.json of a run to compare with, if it was taken in the same way."""
     try:
         results = json.loads((Path(run) / "results.json").read_text())
-        same = (results["evaluation_size"], results["mapillary"]) == (evaluation_size(protocol), config.mapillary)
+        if (results["evaluation_size"], results["mapillary"]) != (evaluation_size(protocol), config.mapillary):
+            raise ValueError
     except (OSError, ValueError, KeyError):
-        raise UserError(f"{run} has no results.json to compare with: run `python evaluate.py {run}` first.") from None
-    if not same:
-        raise UserError(f"{run} was scored otherwise ({results['evaluation_size']}, Mapillary "
-                        f"{results['mapillary']}): score it again with the flags that you gave here.")
+        raise UserError(f"{run} has no results.json that was taken in this way ({evaluation_size(protocol)}; Mapillary "
+                        f"{config.mapillary}): run `python evaluate.py {run}` with the flags that you gave here.") from None
     return results
-
-
-# ------------------------------------------------------------------------------------------------ the command line
 
 
 def main(args):
@@ -346,18 +311,13 @@ def main(args):
     if args == parse([]):
         return _demo()
     with checkpoint.one_sentence(args.run):
-        if args.workers < 0:
-            raise UserError(f"--workers {args.workers} cannot be negative.")
-        run = checkpoint.open_run(args)
-        run.config.workers, run.config.mapillary = args.workers, args.mapillary or run.config.mapillary
-        evaluate_targets(run, {name: getattr(args, name) for name in PROTOCOL}, compare=args.compare)
+        evaluate_targets(checkpoint.open_run(args), {name: getattr(args, name) for name in PROTOCOL}, compare=args.compare)
 
 
 def _demo():
     """Two classes and four numbers by hand, then a made-up scorer that windows, mirrors and all must not change."""
     conf = torch.tensor([[93, 1], [4, 2]])
-    first, second = iou(conf).tolist()
-    print(f"conf {conf.tolist()}: IoU {first:.4f} = 93/98 and {second:.4f} = 2/7, mIoU {mean_iou(conf):.4f}")
+    print(f"conf {conf.tolist()}: IoU 93/98 and 2/7 = {iou(conf).tolist()}, mIoU {mean_iou(conf):.4f}")
     assert abs(mean_iou(conf) - (93 / 98 + 2 / 7) / 2) < 1e-12
 
     images = [([0, 0, 0, 0], [0, 0, 0, 0]), ([1, 0, 0, 0], [1, 1, 0, VOID])]  # (prediction, label)

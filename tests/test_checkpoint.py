@@ -87,8 +87,8 @@ def test_a_folder_takes_one_run_and_its_log_goes_back_to_the_step_of_the_checkpo
     assert [(part["step"], part["versions"]) for part in run["resumed"]] == [(5, run["versions"]), (4, run["versions"])]
 
 
-@pytest.mark.parametrize("git, commit, changed", [("", None, None), ("exit 128", None, None), ("echo 0a1b", "0a1b", True),
-                                                  ("exit", "", False)])
+@pytest.mark.parametrize("git, commit, changed", [("", None, None), ("exit 128", None, None), ("echo 0a1b-dirty", "0a1b", True),
+                                                  ("echo 0a1b", "0a1b", False)])
 def test_a_run_is_described_with_git_and_without(git, commit, changed, run, tmp_path, monkeypatch):
     if git:
         (tmp_path / "git").write_text(f"#!/bin/sh\n{git}\n")
@@ -101,19 +101,17 @@ def test_a_run_is_described_with_git_and_without(git, commit, changed, run, tmp_
 
 
 class Malicious:
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
-        return os.mkdir, (self.path,)
+        return os.mkdir, ("pwned",)
 
 
-def test_a_checkpoint_that_carries_code_is_refused_and_not_run(run, tmp_path):
+def test_a_checkpoint_that_carries_code_is_refused_and_not_run(run, tmp_path, monkeypatch):
     state = read(run[0])
+    monkeypatch.chdir(tmp_path)
     for write in (lambda bad, f: torch.save({**state, "extra": bad}, f), pickle.dump,
                   lambda bad, f: torch.save({**state, "extra": bad}, f, _use_new_zipfile_serialization=False)):
         with open(run[0] / "last.pt", "wb") as file:
-            write(Malicious(str(tmp_path / "pwned")), file)
+            write(Malicious(), file)
         with pytest.raises(UserError, match="nothing in it was executed"):
             checkpoint.load_run(run[0])
         assert not (tmp_path / "pwned").exists()
@@ -136,8 +134,8 @@ def test_truncated_foreign_and_unfitting_checkpoints_end_in_one_sentence(run):
         with pytest.raises(UserError, match=reason) as caught:
             checkpoint.load_run(run[0])
         assert "\n" not in str(caught.value)
-    for folder, reason in ((run[0] / "nothing", "no such run folder"), (run[0].parent, "no last.pt")):
-        with pytest.raises(UserError, match=reason):
+    for folder in (run[0] / "nothing", run[0].parent, file):
+        with pytest.raises(UserError, match="last.pt does not exist: give the run folder"):
             checkpoint.load_run(folder)
 
 
@@ -213,11 +211,14 @@ def test_the_doors_of_a_run_share_their_flags(run, tmp_path):
     assert end.value.code == "error: RUN/x.png: Permission denied; what was written before stays."
 
 
-def test_a_device_is_the_best_that_is_here_or_the_one_that_was_asked_for():
-    assert checkpoint.choose_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert checkpoint.choose_device("cpu") == CPU
-    for name in ("meta", "cuda:99"):
-        with pytest.raises(UserError, match=f"--device {name} cannot be used here"):
+@pytest.mark.parametrize("gpus, best, choice", [(0, "cpu", "cpu"), (2, "cuda:1", "cpu, cuda:0, cuda:1")])
+def test_a_device_is_the_best_that_is_here_or_the_one_that_was_asked_for(gpus, best, choice, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")  # of torchrun's second process
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert checkpoint.choose_device() == torch.device(best) and checkpoint.choose_device("cpu") == CPU
+    for name in ("meta", "cuda:2", "abacus"):
+        with pytest.raises(UserError, match=f"--device {name} cannot be used here: choose from {choice}."):
             checkpoint.choose_device(name)
 
 
