@@ -75,18 +75,15 @@ def test_what_is_no_class_is_an_error_on_void_too_and_does_not_wrap_round_to_one
 
 def test_scores_equal_those_of_the_cityscapes_scripts(tmp_path):
     official = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
-    to_id = np.zeros(256, np.uint8)  # void becomes `unlabeled`, which the scripts ignore
-    for label in official.labels:
-        if 0 <= label.trainId < 19:
-            to_id[label.trainId] = label.id
+    known = {label.trainId: label for label in official.labels if 0 <= label.trainId < 19}
+    to_id = np.array([known[i].id if i in known else 0 for i in range(256)], np.uint8)  # void is `unlabeled`, which they ignore
     official.args.evalInstLevelScore = False
     table = official.generateMatrix(official.args)
     for pred, label in PAIRS:
         for name, ids in (("pred", pred), ("truth", label)):
             Image.fromarray(to_id[ids]).save(tmp_path / f"{name}.png")
         official.evaluatePair(str(tmp_path / "pred.png"), str(tmp_path / "truth.png"), table, {}, {}, official.args)
-    theirs = {label.name: official.getIouScoreForLabel(label.id, table, official.args)
-              for label in official.labels if 0 <= label.trainId < 19}
+    theirs = {label.name: official.getIouScoreForLabel(label.id, table, official.args) for label in known.values()}
     conf = sum(confusion_matrix(p, t, 19) for p, t in PAIRS)
     assert dict(zip(data.CLASSES, iou(conf).tolist())) == pytest.approx(theirs, abs=1e-9, nan_ok=True)
     assert mean_iou(conf) == pytest.approx(official.getScoreAverage(theirs, official.args), abs=1e-9)
@@ -212,13 +209,11 @@ def test_a_broken_target_file_ends_the_evaluation_by_its_name(run, net, otp, par
     assert caught.value.code.startswith("error: ") and str(broken) in caught.value.code and "Traceback" not in caught.value.code
 
 
-IMAGES = dict(bdd=3, cityscapes=4, gta5=5, acdc=6)
-
-
 def written(folder, confs=None, step=400, protocol=evaluate.PROTOCOL, mapillary="A"):
     """write_results in this folder for a run that was trained on gta5."""
     config = SimpleNamespace(source=("gta5",), method="ppar", mapillary=mapillary, steps=400)
-    return evaluate.write_results(checkpoint.Run(None, config, step, folder), confs or three_tables(), IMAGES, protocol)
+    images = dict(bdd=3, cityscapes=4, gta5=5, acdc=6)
+    return evaluate.write_results(checkpoint.Run(None, config, step, folder), confs or three_tables(), images, protocol)
 
 
 def three_tables():
@@ -230,13 +225,13 @@ def three_tables():
 
 
 def test_the_results_files_hold_what_others_script_against(tmp_path):
-    results = written(tmp_path, mapillary="B", protocol=dict(scale=0.5, slide=512, slide_stride=0, flip=True))
+    results = written(tmp_path, mapillary="B", protocol=dict(scale=2, slide=512, slide_stride=100, flip=True))
     assert json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail) == results  # a NaN is no JSON
     bdd, cityscapes, gta5 = (results["targets"][name] for name in ("bdd", "cityscapes", "gta5"))
     assert list(bdd["iou"]) == list(data.CLASSES) and bdd["iou"]["sky"] is None
     assert bdd["iou"]["road"] == pytest.approx(100 * 50 / 70) and bdd["miou"] == pytest.approx(50 * (50 / 70 + 30 / 50))
     assert (bdd["checkpoint"], bdd["mapillary"], bdd["images"], bdd["pixels"]) == ("last", "B", 3, 100)
-    assert bdd["evaluation_size"] == "label's full size; input scale 0.5, slide 512/341, flip averaged"
+    assert bdd["evaluation_size"] == "label's full size; input scale 2.0, slide 512/100, flip averaged"
     assert (bdd["unseen"], cityscapes["unseen"], gta5["unseen"]) == (True, True, False)
     assert cityscapes["miou"] == pytest.approx(45) and results["mean"] == pytest.approx((bdd["miou"] + 45) / 2)
     assert results["mean_over"] == ["bdd", "cityscapes"] and "unseen" in results["mean_rule"]
@@ -256,8 +251,6 @@ def test_holdout_serves_a_target_without_a_split_and_never_uncovers_what_a_sourc
     assert (found(), found(holdout_unseen=3)) == (dict(gta5=2, synthia=2), dict(gta5=2, synthia=3))  # by train.py, by evaluate.py
     with pytest.raises(UserError, match="gta5 has no val split"):
         found(holdout=0, holdout_unseen=3)
-    with pytest.raises(UserError, match="synthia has no val split"):
-        found(holdout=0, targets=("synthia",))
 
 
 def test_an_unfinished_run_is_called_one_and_a_target_without_pixels_is_in_no_mean(tmp_path):
@@ -265,8 +258,6 @@ def test_an_unfinished_run_is_called_one_and_a_target_without_pixels_is_in_no_me
     assert results["targets"]["bdd"]["checkpoint"] == results["checkpoint"] == "unfinished, step 150 of 400"
     assert results["targets"]["acdc"]["miou"] is None and results["mean_over"] == ["bdd", "cityscapes"]
     assert results["evaluation_size"] == "label's full size; input scale 1.0, whole image"
-    protocol = dict(scale=2, slide=100, slide_stride=50, flip=False)
-    assert written(tmp_path, protocol=protocol)["evaluation_size"] == "label's full size; input scale 2.0, slide 100/50"
 
 
 def printed(capsys, *results):
@@ -338,9 +329,8 @@ def test_a_second_runs_scores_are_shown_beside_if_they_were_taken_in_the_same_wa
 
 
 def test_mistakes_of_the_user_end_in_one_sentence(run, tmp_path):
-    (tmp_path / "empty").mkdir()
     for words, reason in (
-        ((tmp_path / "nowhere",), "nowhere/last.pt does not exist"), ((tmp_path / "empty",), "empty/last.pt does not exist"),
+        ((tmp_path / "nowhere",), "nowhere/last.pt does not exist"),
         ((run[0], "--targets", "kitti"), "kitti.*choose from.*cityscapes"),
         ((run[0], "--targets", "acdc"), "acdc.*rgb_anon"),
         ((run[0], "--data-root", tmp_path / "gone"), "gone"), ((run[0], "--device", "abacus"), "--device abacus"),
