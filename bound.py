@@ -36,6 +36,7 @@ if __name__ == "__main__":  # before the imports that take seconds, so that --he
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure  # no pyplot: no window, no global state
 
 import align
 import data
@@ -119,13 +120,12 @@ def measure(run, items, limit, weights=False):
         image, label = data.load_pair(item, config.mapillary)
         out, full, grid = ppar.look(run.ppar, data.to_tensor(image), label)
         valid = grid[0] != VOID
-        y = grid[0][valid]  # (n,)
-        terms = pixel_terms(out.emb[0].permute(1, 2, 0)[valid].float(), y, otp, config.tau)
+        terms = pixel_terms(out.emb[0].permute(1, 2, 0)[valid].float(), grid[0][valid], otp, config.tau)
         if weights:  # Eq. 6 with the ramp at 1
             terms["weight"] = align.labels_on_grid(ppar.learning_weights(out, otp, full, config, ramp=1.0), out.emb)[0][valid]
         if out.vtp is not None:
             terms["radius_vtp"] = ppar.distance(out.emb, grid, out.vtp)[0][valid]
-            terms["gap"] = (out.vtp[0] - otp).norm(dim=1)[y]
+            terms["gap"] = (out.vtp[0] - otp).norm(dim=1)[terms["label"]]
         images.append({name: value.cpu() for name, value in terms.items()})
     domain = {name: torch.cat([terms[name] for terms in images]) for name in images[0]}
     if not len(domain["label"]):
@@ -181,15 +181,12 @@ def measure_run(run, limit=200):
     Its held-out split is a target without domain shift: what is left is having learnt the one and not the other.
     """
     config, otp = run.config, run.ppar.otp.cpu().float()
-
-    def sources(split, harmful):
-        lists = [data.list_items(name, config.data_root, split, config.holdout, harmful) for name in config.source]
-        return mixture([measure(run, items, limit, split == "train" and config.reweight) for items in lists])
-
     print(f"Measuring the bound of {run.path}; targets are read here for analysis only, after training.")
-    domains = {"source": sources("train", config.harmful)}
+    domains = {"source": mixture([measure(run, data.list_items(name, config.data_root, "train", config.holdout, config.harmful), limit,
+                                          weights=True) for name in config.source])}
     try:
-        domains["source held out"] = sources("val", 0.0)
+        domains["source held out"] = mixture([measure(run, data.list_items(name, config.data_root, "val", config.holdout), limit)
+                                              for name in config.source])
     except UserError as error:
         print(f"no held-out source row: {error}")
     domains.update((name, measure(run, items, limit)) for name, items in find_targets(config).items())
@@ -207,8 +204,7 @@ def print_bound(report):
     """The rows of bound.json side by side, each term under the name that theory.md gives its column."""
     rows = [dict(domain=name, **row) for name, row in report["domains"].items()]
     for key in rows[0]:
-        cells = [row.get(key, "-") for row in rows]
-        cells = [f"{x:.3f}" if isinstance(x, float) else str(x) for x in cells]
+        cells = [f"{row[key]:.3f}" if isinstance(row.get(key), float) else str(row.get(key, "-")) for row in rows]
         print(f"{key:15s}", *(cell.rjust(max(8, len(row["domain"]))) for cell, row in zip(cells, rows)))
     print("right: Eq. 12, right_direct: Eq. 13, right_local: Eq. 25; vacuous: right is above ceiling, which no loss is")
     print("every inequality holds:", "yes" if all(row["holds"] for row in rows) else "NO: a bug")
@@ -220,25 +216,22 @@ def print_bound(report):
 
 def draw_bound(report, file):
     """Left: what the right side is made of, beside the risk that it holds down. Right: the two legs of Eq. 16."""
-    from matplotlib.figure import Figure  # here: a second of import; no pyplot, hence no window and no global state
-
     names, source = list(report["domains"]), report["domains"]["source"]
-    column = {key: torch.tensor([row.get(key, 0.0) for row in report["domains"].values()]) for key in source}
-    pieces = {"left of the source": torch.full((len(names),), source["left"]),
-              "slope x radius_otp of the source": column["slope"] * source["radius_otp"],
-              "lipschitz x radius_otp": column["lipschitz"] * column["radius_otp"], "osc x tv": column["osc"] * column["tv"]}
-    legs = {key: column[key] for key in ("radius_vtp", "gap") if key in column}
-    figure = Figure(figsize=(13, 2.2 + 0.5 * len(names)), layout="constrained")
+    rows = [{"left of the source": source["left"], "slope x radius_otp of the source": row["slope"] * source["radius_otp"],
+             "lipschitz x radius_otp": row["lipschitz"] * row["radius_otp"], "osc x tv": row["osc"] * row["tv"], **row}
+            for row in report["domains"].values()]
+    figure = Figure((13, 2.2 + 0.5 * len(names)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axis, title, bars, marks in (
-            (left, "Eq. 12: what the right side is made of", pieces, ("left", "right_direct", "right_local", "ceiling")),
-            (right, "Eq. 16: two legs, and the straight way", legs, ("radius_otp", "radius_span"))):
+            (left, "Eq. 12: what the right side is made of", list(rows[0])[:4], ("left", "right_direct", "right_local", "ceiling")),
+            (right, "Eq. 16: two legs, and the straight way", ("radius_vtp", "gap"), ("radius_otp", "radius_span"))):
         start = torch.zeros(len(names))
-        for (label, length), color in zip(bars.items(), ("#4477aa", "#66ccee", "#ccbb44", "#aa3377")):
-            axis.barh(names, length, left=start, label=label, color=color)
+        for key in (key for key in bars if key in rows[0]):  # no VTP, no legs
+            length = torch.tensor([row[key] for row in rows])
+            axis.barh(names, length, left=start, label=key, alpha=0.7)
             start = start + length
         for key, marker in zip(marks, ("k|", "kx", "k.", "k:")):
-            axis.plot(column[key], names, marker, label=key, markersize=12, markeredgewidth=2)
+            axis.plot([row[key] for row in rows], names, marker, label=key, markersize=12, markeredgewidth=2)
         axis.legend(title=title, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, markerscale=0.5)
     left.invert_yaxis()
     checkpoint.write_atomically(file, lambda part: figure.savefig(part, dpi=110, format="png"))

@@ -52,28 +52,39 @@ def command(*words):
     figures.main(figures.parse([str(word) for word in words]))
 
 
-def test_the_reliability_figure_counts_the_weight_that_is_lost_and_shows_spoilt_scenes_grey_on_void(tmp_path, drawn):
+def test_the_reliability_figure_counts_the_weight_that_is_lost_and_shows_spoilt_scenes_grey_on_void(tmp_path, drawn, capsys):
     rng, shape = np.random.default_rng(0), (8, 20, 30)
     image, label = rng.integers(0, 256, (*shape, 3), np.uint8), rng.choice([0, 2, VOID], shape).astype(np.uint8)
     wrong, valid, (omega, weight) = rng.random(shape) < 0.2, label != VOID, rng.integers(0, 9, (2, *shape)) / 8
     wrong[[0, 4]] = False  # nothing to find there
+    omega[~valid] = weight[~valid] = np.nan
     shares = figures.figure_reliability(tmp_path / "r.png", [*zip(image, label, wrong, omega, weight)], ", a note")
     assert shares == pytest.approx([1 - weight[wrong & valid].mean(), 1 - weight[~wrong & valid].mean()], abs=1e-12)
-    assert drawn[0].get_suptitle() == (f"{shares[0]:.0%} of the harmful source pixels lose their weight, and {shares[1]:.1%} of the "
-                                       "others (8 scenes, a note)")
+    title = (f"Source pixels that lose their weight (8 scenes, a note): {shares[0]:.1%} of the harmful ones, "
+             f"{shares[1]:.1%} of the others")
+    assert drawn[0].get_suptitle() == title and title in capsys.readouterr().out
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == [*data.CLASSES, "void"]
     assert drawn[0].get_figheight() > 5 * drawn[0].get_figwidth() / 5 * 20 / 30  # room for every panel and the legend
     panels = [ax.images[0].to_rgba(ax.images[0].get_array(), bytes=True)[..., :3] for ax in drawn[0].axes[:-2]]  # two colour bars
     maps = [np.where(valid[..., None], colormaps["viridis"](x, bytes=True)[..., :3], 153) for x in (omega, weight)]
-    want = np.stack([image, data.colours(label), 255 * (wrong & valid)[..., None].repeat(3, 3), *maps], 1)
+    want = np.stack([image, data.colours(label), 255 * wrong[..., None].repeat(3, 3), *maps], 1)
     assert (np.reshape(panels, (5, 5, 20, 30, 3)) == want[[1, 2, 3, 5, 6]]).all()
+
+
+@pytest.mark.parametrize("wrong, shares, said", [(False, [None, 0.25], "there are no harmful ones, 25.0% of the others"),
+                                                 (True, [0.25, None], "25.0% of the harmful ones, there are no others")])
+def test_where_nothing_is_harmful_or_nothing_else_the_reliability_figure_says_so_in_words(tmp_path, drawn, wrong, shares, said):
+    image, label, clean = toy.draw("toy-gta5", "train", 0)
+    scene = image, label, clean | wrong, np.ones(label.shape), np.full(label.shape, 0.75)
+    assert figures.figure_reliability(tmp_path / "r.png", [scene] * 2) == shares
+    assert drawn[0].get_suptitle() == f"Source pixels that lose their weight (2 scenes): {said}"
 
 
 def test_an_embedding_is_seen_in_the_plane_of_the_largest_variance_of_pixels_and_present_prototypes(tmp_path, drawn):
     rng = np.random.default_rng(0)
     otp, emb = rng.normal(size=(19, 5)), rng.normal(size=(2, 30, 5)) * (1, 3, 0.1, 2, 0.2)
     label = np.stack([rng.choice([0, 2], 30), rng.choice([2, 13], 30)])
-    figures.figure_embedding(tmp_path / "e.png", {"before": (otp, {"source": (emb[0], label[0]), "targets": (emb[1], label[1])})})
+    figures.figure_embedding(tmp_path / "e.png", otp, {"before": {"source": (emb[0], label[0]), "targets": (emb[1], label[1])}})
     source, targets = drawn[0].axes
     points = np.concatenate([otp[[0, 2, 13]], *emb])
     variance, axis = np.linalg.eigh(np.cov(points.T))
@@ -88,24 +99,24 @@ def test_an_embedding_is_seen_in_the_plane_of_the_largest_variance_of_pixels_and
 
 
 def test_curves_are_distance_loss_and_lambda_with_a_gap_where_a_method_has_no_number(tmp_path, drawn):
-    log = [dict(step=0), dict(step=10, radius_otp=1.0, radius_vtp=0.7, loss_otp=3.0, loss_vtp=2.0, lam=None),
+    log = [dict(step=10, radius_otp=1.0, radius_vtp=0.7, loss_otp=3.0, loss_vtp=2.0, lam=None),
            dict(step=20, radius_otp=0.9, radius_vtp=0.8, loss_otp=4.0, loss_vtp=1.0, lam=0.5)]
     figures.figure_curves(tmp_path / "c.png", log)
     for ax, values in zip(drawn[0].axes, ([(1, 0.9), (0.7, 0.8)], [(3, 4), (2, 1)], [(np.nan, 0.5)]), strict=True):
         lines = [line.get_xydata() for line in ax.lines]
         assert np.array_equal(lines, [[(10, y), (20, z)] for y, z in values], equal_nan=True)
-    assert [text.get_text() for text in drawn[0].axes[1].get_legend().get_texts()] == ["to the OTP", "to the VTP"]
+    assert [text.get_text() for text in drawn[0].axes[1].get_legend().get_texts()] == ["loss_otp", "loss_vtp"]
 
 
 def trust(net, otp, image, label):
-    """Eq. 5 and 6 at the end of the ramp, (H, W) each. A place reaches a cell of 16 pixels to each side."""
+    """Eq. 5 and 6 at the end of the ramp, (2, H, W), nan on void. A place reaches a cell of 16 pixels to each side."""
     (h, w), padding = label.shape, (0, -label.shape[1] % 32, 0, -label.shape[0] % 32)
     label = F.pad(torch.from_numpy(label)[None].long(), padding, value=VOID)
     with torch.no_grad():
         out = ppar.Output(*net(F.pad(data.to_tensor(image)[None], padding, mode="replicate")), None)
     omega = reweight.reliability(ppar.prediction(out, otp, SimpleNamespace(tau=0.07, text_weight=0.25)), label)
     weight = reweight.learning_weights(omega, reweight.place_reliability(omega, label, 33), label, ramp=1.0)
-    return omega[0, :h, :w], weight[0, :h, :w]
+    return torch.where(label == VOID, torch.nan, torch.cat([omega, weight]))[:, :h, :w]
 
 
 @pytest.mark.parametrize("harmful", [0.4, 0.0])
@@ -126,18 +137,18 @@ def test_figures_of_a_run_show_its_targets_beside_a_second_runs_its_scenes_and_c
     for item, row in zip(items, rows, strict=True):
         image, label = data.load_pair(item)
         preds = [evaluate.predict(look, data.to_tensor(image), label.shape) for look in (scorer(net, otp, 1.0), score)]
-        omega = np.where(label == VOID, np.nan, trust(net, otp, image, label)[0])
+        want = image, label, *preds, trust(net, otp, image, label)[0]
         assert list(row) == ["image", "truth", "compared: other", "prediction: run", "omega, Eq. 5"]
-        assert all(np.allclose(a, b, atol=1e-5, equal_nan=True) for a, b in zip(row.values(), (image, label, *preds, omega)))
+        assert all(np.allclose(a, b, atol=1e-5, equal_nan=True) for a, b in zip(row.values(), want))
     scenes, note = asked["reliability.png"]
     assert len(scenes) == 8 and ("spoilt" in note) == (not harmful)  # a run without any has some for the figure alone
     for k, scene in enumerate(scenes):
         want = toy.draw("toy-gta5", "train", k, harmful=harmful or 0.1)
-        assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(scene, (*want, *trust(net, otp, *want[:2])), strict=True))
+        assert all(np.allclose(a, b, atol=1e-5, equal_nan=True) for a, b in zip(scene, (*want, *trust(net, otp, *want[:2])), strict=True))
 
     nets = model.SegmentationNet(CLIP.visual, stride=net.arch["stride"]), net  # before training, and after
     groups = data.evenly(data.list_items("toy-gta5", "", "train"), 12), items
-    for (_, parts), stage in zip(asked["embedding.png"][0].values(), nets, strict=True):
+    for parts, stage in zip(asked["embedding.png"][1].values(), nets, strict=True):
         for (emb, label), group in zip(parts.values(), groups, strict=True):
             looks = [ppar.look(ppar.PPAR(stage, otp), data.to_tensor(image), truth) for image, truth in map(data.load_pair, group)]
             cells = np.concatenate([out.emb[0].flatten(1).T.numpy() for out, _, _ in looks])
@@ -168,4 +179,4 @@ def test_the_gallery_and_the_demonstration_need_no_run(tmp_path, asked, capsys):
         want = [array for k in range(3) for array in toy.draw(domain, "val", k)[:2]]
         assert all((a == b).all() for a, b in zip(row.values(), want, strict=True)), domain
     command()
-    assert "found 100%, mistaken 0%" in capsys.readouterr().out
+    assert "100.0% of the harmful ones, 0.0% of the others" in capsys.readouterr().out
