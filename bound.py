@@ -25,11 +25,7 @@ import sys
 
 import checkpoint
 
-
-def parse(arguments):
-    """The command line."""
-    return checkpoint.run_flags("Measure every term of the theorem for a finished run.").parse_args(arguments)
-
+parse = checkpoint.run_flags("Measure every term of the theorem for a finished run.").parse_args
 
 if __name__ == "__main__":  # before the imports that take seconds, so that --help and a misspelt flag answer at once
     ARGS = parse(sys.argv[1:])
@@ -41,13 +37,12 @@ from matplotlib.figure import Figure  # no pyplot: no window, no global state
 import align
 import data
 import ppar
-from data import VOID, UserError
 from evaluate import find_targets
 
 
 def score_loss(emb, label, prototypes, tau):
     """Eq. 8: cross-entropy of <z, p_c> / tau over the prototypes, (N,), 0 on void: Eq. 3, for any z of the space."""
-    return F.cross_entropy(emb @ prototypes.T / tau, label, ignore_index=VOID, reduction="none")
+    return F.cross_entropy(emb @ prototypes.T / tau, label, ignore_index=data.VOID, reduction="none")
 
 
 def local_slope(emb, label, prototypes, tau):
@@ -119,7 +114,7 @@ def measure(run, items, limit, weights=False):
     for item in data.evenly(items, limit or len(items)):
         image, label = data.load_pair(item, config.mapillary)
         out, full, grid = ppar.look(run.ppar, data.to_tensor(image), label)
-        valid = grid[0] != VOID
+        valid = grid[0] != data.VOID
         terms = pixel_terms(out.emb[0].permute(1, 2, 0)[valid].float(), grid[0][valid], otp, config.tau)
         if weights:  # Eq. 6 with the ramp at 1
             terms["weight"] = align.labels_on_grid(ppar.learning_weights(out, otp, full, config, ramp=1.0), out.emb)[0][valid]
@@ -129,7 +124,7 @@ def measure(run, items, limit, weights=False):
         images.append({name: value.cpu() for name, value in terms.items()})
     domain = {name: torch.cat([terms[name] for terms in images]) for name in images[0]}
     if not len(domain["label"]):
-        raise UserError(f"{items[0].dataset}: none of the {len(images)} images read has a labelled pixel; check the labels.")
+        raise data.UserError(f"{items[0].dataset}: none of the {len(images)} images read has a labelled pixel; check the labels.")
     return domain
 
 
@@ -168,9 +163,8 @@ def describe(source, domain, otp, tau):
         row.update(risk_weighted=mean(weighted, "left"), radius_weighted=mean(weighted, "radius_otp"),
                    share_shift=total_variation(share_t, shares(weighted, len(otp))))
     chain = [row[name] for name in ("left", "right_local", "right_direct", "right")]  # Eq. 25 and 13, and with them 12
-    claims = list(zip(chain, chain[1:]))
-    if "gap" in row:
-        claims.append((row["radius_otp"], row["radius_vtp"] + row["gap"]))  # Eq. 16
+    legs = [row["radius_otp"], row["radius_vtp"] + row["gap"]] if "gap" in row else []  # Eq. 16
+    claims = (*zip(chain, chain[1:]), *zip(legs, legs[1:]))
     return dict(row, holds=all(a <= b + 1e-5 * max(1.0, b) for a, b in claims))  # up to the rounding of float32
 
 
@@ -181,13 +175,13 @@ def measure_run(run, limit=200):
     Its held-out split is a target without domain shift: what is left is having learnt the one and not the other.
     """
     config, otp = run.config, run.ppar.otp.cpu().float()
-    print(f"Measuring the bound of {run.path}; targets are read here for analysis only, after training.")
+    print(f"Measuring {run.path / 'bound.json'} and bound.png; targets are read here for analysis only, after training.")
     domains = {"source": mixture([measure(run, data.list_items(name, config.data_root, "train", config.holdout, config.harmful), limit,
                                           weights=True) for name in config.source])}
     try:
         domains["source held out"] = mixture([measure(run, data.list_items(name, config.data_root, "val", config.holdout), limit)
                                               for name in config.source])
-    except UserError as error:
+    except data.UserError as error:
         print(f"no held-out source row: {error}")
     domains.update((name, measure(run, items, limit)) for name, items in find_targets(config).items())
     rows = {name: describe(domains["source"], domain, otp, config.tau) for name, domain in domains.items()}
@@ -196,7 +190,6 @@ def measure_run(run, limit=200):
     checkpoint.write_json(run.path / "bound.json", report)
     print_bound(report)
     draw_bound(report, run.path / "bound.png")
-    print(f"Written: {run.path / 'bound.json'} and {run.path / 'bound.png'}")
     return report
 
 
@@ -221,10 +214,9 @@ def draw_bound(report, file):
              "lipschitz x radius_otp": row["lipschitz"] * row["radius_otp"], "osc x tv": row["osc"] * row["tv"], **row}
             for row in report["domains"].values()]
     figure = Figure((13, 2.2 + 0.5 * len(names)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axis, title, bars, marks in (
-            (left, "Eq. 12: what the right side is made of", list(rows[0])[:4], ("left", "right_direct", "right_local", "ceiling")),
-            (right, "Eq. 16: two legs, and the straight way", ("radius_vtp", "gap"), ("radius_otp", "radius_span"))):
+    for axis, (title, bars, marks) in zip(figure.subplots(1, 2, sharey=True), (
+            ("Eq. 12: what the right side is made of", list(rows[0])[:4], ("left", "right_direct", "right_local", "ceiling")),
+            ("Eq. 16: two legs, and the straight way", ("radius_vtp", "gap"), ("radius_otp", "radius_span")))):
         start = torch.zeros(len(names))
         for key in (key for key in bars if key in rows[0]):  # no VTP, no legs
             length = torch.tensor([row[key] for row in rows])
@@ -233,7 +225,7 @@ def draw_bound(report, file):
         for key, marker in zip(marks, ("k|", "kx", "k.", "k:")):
             axis.plot([row[key] for row in rows], names, marker, label=key, markersize=12, markeredgewidth=2)
         axis.legend(title=title, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, markerscale=0.5)
-    left.invert_yaxis()
+    axis.invert_yaxis()
     checkpoint.write_atomically(file, lambda part: figure.savefig(part, dpi=110, format="png"))
 
 
