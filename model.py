@@ -30,8 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-with warnings.catch_warnings():  # clip-anytorch still asks setuptools for its version parser, and setuptools complains
-    warnings.simplefilter("ignore")
+with warnings.catch_warnings(action="ignore"):  # clip-anytorch asks setuptools for its version parser, and setuptools complains
     import clip
     from clip.model import ModifiedResNet, VisionTransformer
 
@@ -54,22 +53,16 @@ def load_clip(name):
     if not on_hub and not os.path.isfile(path):
         raise UserError(f"--clip {path}: neither a file nor one of toy, {', '.join(clip.available_models())}.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TorchScript announces its retirement at every load
+        with warnings.catch_warnings(action="ignore"):  # TorchScript announces its retirement at every load
             model = clip.load(path, device="cpu")[0] if on_hub else _from_file(path)
     except Exception as error:  # network, disk, a damaged or foreign file: the user needs the reason and what to do
-        reason = " ".join(str(getattr(error, "reason", error)).split())[:300]
-        if "weights_only" in reason:  # torch advises to switch its protection off; we do not
-            reason = "damaged, or holds more than tensors"
-        remedy = "It must be a TorchScript archive or a plain state dict in OpenAI's format."
-        if on_hub:
-            remedy = f"Fetch {clip.clip._MODELS[path]} elsewhere and put it into ~/.cache/clip, or pass its path with --clip."
-        elif isinstance(error, OSError):
-            remedy = "Is it readable?"
+        reason = " ".join(str(getattr(error, "reason", error)).split(". ")[0].split())[:300]  # torch goes on to advise carelessness
+        remedy = (f"Fetch {clip.clip._MODELS[path]} elsewhere and put it into ~/.cache/clip, or pass its path with --clip." if on_hub
+                  else "Is it readable?" if isinstance(error, OSError)
+                  else "It must be a TorchScript archive or a plain state dict in OpenAI's format.")
         raise UserError(f"CLIP {path} cannot be loaded ({type(error).__name__}: {reason}). {remedy}") from None
     model = model.float().eval().requires_grad_(False)
-    kind = "ViT" if isinstance(model.visual, VisionTransformer) else "ResNet"
-    return model, (f"CLIP {name}: {kind}, joint width {model.text_projection.shape[1]}, "
+    return model, (f"CLIP {name}: {architecture(model.visual)['kind']}, joint width {model.text_projection.shape[1]}, "
                    f"{len(model.state_dict())} tensors loaded, 0 missing, 0 left over")
 
 
@@ -106,9 +99,9 @@ def pad(image, multiple):
 
 def _neighbour(x, dim, n):
     """At each cell what stands n cells further on along dim (n < 0: before it); beyond the border, the border's cell."""
-    parts = [x.narrow(dim, 0, 1)] * -n  # a list times a negative number is empty
-    parts += [x.narrow(dim, max(n, 0), x.shape[dim] - abs(n))] + [x.narrow(dim, -1, 1)] * n
-    return torch.cat(parts, dim)  # not by F.pad, whose replication torch 2.15 cannot compile in this place
+    before, after = [x.narrow(dim, 0, 1)] * -n, [x.narrow(dim, -1, 1)] * n  # a list times a negative number is empty
+    x = x.narrow(dim, max(n, 0), x.shape[dim] - abs(n))
+    return torch.cat([*before, x, *after], dim)  # not by F.pad, whose replication torch 2.15 cannot compile in this place
 
 
 class _PoolWithoutStride(nn.Module):
@@ -144,11 +137,8 @@ def dilate(resnet, stride):
 def _resize_position(position, h, w):
     """CLIP's learned position code (1 + g*g, C), its grid resized to h x w: images need not be 224 x 224."""
     grid = round((len(position) - 1) ** 0.5)
-    if (h, w) == (grid, grid):
-        return position
-    code = position[1:].T.reshape(1, -1, grid, grid)
     # our reading: bicubic, the usual way of taking a ViT to another size; the abstract says nothing.
-    code = F.interpolate(code, size=(h, w), mode="bicubic", align_corners=False)
+    code = F.interpolate(position[1:].T.reshape(1, -1, grid, grid), size=(h, w), mode="bicubic", align_corners=False)
     return torch.cat([position[:1], code.flatten(2)[0].T])
 
 
@@ -173,8 +163,7 @@ class DenseCLIP(nn.Module):
             dilate(visual, stride)
             self.stride, self.multiple = stride, 32
             self.low_channels = visual.layer1[-1].conv3.out_channels
-            pool = visual.attnpool
-            for part in (pool.q_proj, pool.k_proj, pool.positional_embedding):
+            for part in (visual.attnpool.q_proj, visual.attnpool.k_proj, visual.attnpool.positional_embedding):
                 part.requires_grad_(False)  # of the pooling, which is left out
         # our reading: batch normalisation stays as CLIP left it, in train() too. Its statistics come from 400 million
         # pictures; a batch of eight frames of a game would overwrite them with the source's colours.
@@ -203,8 +192,7 @@ class DenseCLIP(nn.Module):
 
     def forward(self, image):
         if image.shape[2] % self.multiple or image.shape[3] % self.multiple:
-            raise UserError(f"image of {image.shape[2]} x {image.shape[3]} pixels: height and width must be multiples "
-                             f"of {self.multiple} for this CLIP; pad or crop it.")
+            raise UserError(f"{image.shape[2]} x {image.shape[3]} pixels: both must be multiples of {self.multiple} for this CLIP.")
         return self._forward_vit(image) if self.is_vit else self._forward_resnet(image)
 
     def _forward_resnet(self, image):
@@ -227,9 +215,8 @@ class DenseCLIP(nn.Module):
 
     def _forward_vit(self, image):
         v = self.visual
-        x = v.conv1(image)  # (B, C, h, w)
-        h, w = x.shape[2:]
-        x = x.flatten(2).transpose(1, 2)  # (B, hw, C)
+        h, w = image.shape[2] // self.stride, image.shape[3] // self.stride
+        x = v.conv1(image).flatten(2).transpose(1, 2)  # (B, hw, C)
         x = torch.cat([v.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
         x = v.ln_pre(x + _resize_position(v.positional_embedding, h, w)).transpose(0, 1)  # (1 + hw, B, C), as CLIP has it
         half = len(v.transformer.resblocks) // 2
@@ -239,7 +226,6 @@ class DenseCLIP(nn.Module):
         return low, x[:, 1:].transpose(1, 2).unflatten(2, (h, w))
 
 
-# ------------------------------------------------------------------------------------------------ the whole network
 class SegmentationNet(nn.Module):
     """Dense CLIP and a light decoder: image (B, 3, H, W) -> Dense(logits, emb). The same for every method."""
 
@@ -291,8 +277,7 @@ def _demo():
             out = SegmentationNet(visual, stride=8).eval()(image)
         ours = seen[1][..., ::4, ::4] if seen[1].dim() == 4 else seen[1]  # of a ResNet at stride 8, every fourth cell was CLIP's
         difference = ((ours - seen[0]).abs().max() / seen[0].std()).item()
-        print(f"{type(visual).__name__:17s}  emb {tuple(out.emb.shape)}  logits {tuple(out.logits.shape)}  "
-              f"largest difference from CLIP's last layer {difference:.1e} of its spread")
+        print(f"{type(visual).__name__:17s}  emb {tuple(out.emb.shape)}  largest difference from CLIP's last layer {difference:.1e}")
         assert difference < 1e-4
 
 
