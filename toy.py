@@ -34,6 +34,8 @@ CLASSES = tuple(c for c in range(19) if c != TRAIN)  # drawn: all but the train
 # The material of a part; the last four shine.
 BODY, GLASS, DARK, ACCENT, SKIN, LEGS, SHADOW, MARK, TRUNK, SPOKES, SYMBOL, UNLIT, LAMP, RED, AMBER, GREEN = range(16)
 GROUND, SIDE, FRONT = range(3)  # the plane of a part: y = 0, x = at, z = at
+SIGNS = ((), ((0, 1.22), (1.22 * .75 ** .5, -.61), (-1.22 * .75 ** .5, -.61)), ((0, 1.22), (1.22, 0), (0, -1.22), (-1.22, 0)),
+         ((-1.3, -.8), (1.3, -.8), (1.3, .8), (-1.3, .8)))  # outlines of traffic signs: round, triangle, diamond, rectangle
 
 
 # ------------------------------------------------------------------------------------------------------- geometry
@@ -107,10 +109,6 @@ class Scene:
     def front(self, material, half, y0, y1, taper=1.0, shade=1.0, x=0.0):
         top = half * taper
         self.face(material, [(x - half, y0), (x + half, y0), (x + top, y1), (x - top, y1)], shade)
-
-    def pair(self, material, apart, half, y0, y1):
-        for x in (-apart, apart):
-            self.front(material, half, y0, y1, x=x)
 
     def disc(self, material, x, y, rx, ry=None, shade=1.0):
         (px, py), k = self.point(x, y), self.focal / self.z
@@ -218,8 +216,8 @@ class Scene:
         for x in rng.uniform(-12, 12, rng.poisson(.8) if self.cross else 0):
             yield self.cross + 2, self.car_across, (x, self.cross + 2)
 
-    def vehicle(self, cls, x, z, w, long, shadow, sides, wheels, tyres, faces, lamps):
-        """Of half the width w: the flank if it is seen, then tyres, faces and lamps of the end near the camera."""
+    def vehicle(self, cls, x, z, w, long, shadow, sides, wheels, end):
+        """Of half the width w: the flank (sides and wheels) if it is seen, then the end near the camera."""
         self.begin(cls, z, x)
         self.ground(SHADOW, -w - shadow[0], w + shadow[0], -shadow[1], long)
         if abs(x) > w:
@@ -228,43 +226,39 @@ class Scene:
                 self.side(material, flank, *shape)
             for axle in axles:
                 self.face(DARK, [(flank, r + r * np.sin(a), axle + r * np.cos(a)) for a in np.arange(0, 6.2, .79)])
-        self.pair(DARK, *tyres)
-        for face in faces:
-            self.front(*face)
-        self.pair(LAMP, *lamps)
+        for shape in end:
+            self.front(*shape)
 
     def car(self, x, z):
-        w, long, tall = self.rng.uniform(0.82, 0.98), self.rng.uniform(3.6, 4.6), self.rng.uniform(1.35, 1.75)
-        belt = 0.58 * tall
+        w, long, tall = self.rng.uniform(.82, .98), self.rng.uniform(3.6, 4.6), self.rng.uniform(1.35, 1.75)
+        belt = .58 * tall
         sides = [(BODY, 0, long, .28, belt, 0, .72), (BODY, .3, long - .9, belt, tall, .45, .66),
                  (GLASS, .6, long - 1.2, belt + .05, tall - .12, .35)]
-        faces = [(BODY, w, .25, belt), (BODY, w, belt, tall, .74, 1.08), (GLASS, .84 * w, belt + .02, tall - .13, .82)]
-        self.vehicle(CAR, x, z, w, long, (.15, .2), sides, wheels=(.34, .75, long - .8), tyres=(w - .16, .14, 0, .4),
-                     faces=faces, lamps=(.8 * w, .17, .58, .76))
-        self.front(ACCENT, .28, .36, .5)
+        end = [*pair(DARK, w - .16, .14, 0, .4), (BODY, w, .25, belt), (BODY, w, belt, tall, .74, 1.08),
+               (GLASS, .84 * w, belt + .02, tall - .13, .82), *pair(LAMP, .8 * w, .17, .58, .76), (ACCENT, .28, .36, .5)]
+        self.vehicle(CAR, x, z, w, long, (.15, .2), sides, (.34, .75, long - .8), end)
 
     def truck(self, x, z):
         """Told from a bus by its closed box on a dark frame, and by its cab."""
         w, long, tall = 1.2, self.rng.uniform(6, 9), self.rng.uniform(2.9, 3.7)
         sides = [(ACCENT, long - 1.8, long, .5, 2.5, 0, .7), (GLASS, long - 1.5, long - .4, 1.5, 2.3, 0, 1.0),
                  (BODY, 0, long - 2, .95, tall, 0, .74), (DARK, .2, long - 2, .6, .95)]
-        if self.rng.random() < 0.55:  # from behind: a closed box with two doors and their seams
+        if self.rng.random() < .55:  # from behind: a closed box with two doors and their seams
             faces = [(DARK, w, .55, .8), (BODY, w, .9, tall), (BODY, .05, .95, tall, 1, .5),
                      (BODY, w, tall - .12, tall, 1, .5), (BODY, w, .9, 1.02, 1, .5)]
         else:  # from ahead: the cab before the box
-            faces = [(BODY, w, .9, tall, 1, .9), (ACCENT, 1.1, .45, 2.6), (GLASS, .95, 1.55, 2.35),
-                     (DARK, .6, .75, 1.25)]
-        self.vehicle(TRUCK, x, z, w, long, (.2, .3), sides, wheels=(.48, 1, 2.1, long - 1), tyres=(.85, .25, 0, .95),
-                     faces=faces, lamps=(.92, .17, .62, .85))
+            faces = [(BODY, w, .9, tall, 1, .9), (ACCENT, 1.1, .45, 2.6), (GLASS, .95, 1.55, 2.35), (DARK, .6, .75, 1.25)]
+        end = [*pair(DARK, .85, .25, 0, .95), *faces, *pair(LAMP, .92, .17, .62, .85)]
+        self.vehicle(TRUCK, x, z, w, long, (.2, .3), sides, (.48, 1, 2.1, long - 1), end)
 
     def bus(self, x, z):
         """Told from a truck by its windows: a row along the flank, a wide screen in front."""
         long, tall = self.rng.uniform(8, 12), self.rng.uniform(2.9, 3.3)
         windows = [(GLASS, .3 + k * long / 6, (k + .86) * long / 6, 1.35, 2.5) for k in range(6)]
-        faces = [(BODY, 1.25, .3, tall, 1, .94), (GLASS, 1.1, 1.15, 2.4, .97), (ACCENT, .75, 2.55, 2.85),
-                 (BODY, .04, 1.15, 2.4, 1, .8)]
-        self.vehicle(BUS, x, z, 1.25, long, (.2, .3), [(BODY, 0, long, .3, tall, 0, .74), *windows],
-                     wheels=(.45, 1.6, long - 2), tyres=(.9, .2, 0, .5), faces=faces, lamps=(.95, .2, .6, .85))
+        end = [*pair(DARK, .9, .2, 0, .5), (BODY, 1.25, .3, tall, 1, .94), (GLASS, 1.1, 1.15, 2.4, .97),
+               (ACCENT, .75, 2.55, 2.85), (BODY, .04, 1.15, 2.4, 1, .8), *pair(LAMP, .95, .2, .6, .85)]
+        sides = [(BODY, 0, long, .3, tall, 0, .74), *windows]
+        self.vehicle(BUS, x, z, 1.25, long, (.2, .3), sides, (.45, 1.6, long - 2), end)
 
     def car_across(self, x, z):
         """A car on the crossing street, seen from its side."""
@@ -297,39 +291,37 @@ class Scene:
 
     def rider(self, x, z, parked=False):
         """A motorcycle or a bicycle, across the view or along it, with its rider or parked."""
-        motor, turn, across = self.rng.random() < 0.5, self.rng.choice([-1, 1]), self.rng.random() < 0.7
-        turn, wide = (turn, 0.9) if across else (1, 0.3)
-        self.begin(MOTORCYCLE if motor else BICYCLE, z, x)
-        self.ground(SHADOW, -wide, wide, -0.1, 0.6)
-        self.scale = turn
+        motor, turn, across = self.rng.random() < .5, self.rng.choice([-1, 1]), self.rng.random() < .7
+        wide = .9 if across else .3
+        self.begin(MOTORCYCLE if motor else BICYCLE, z, x, turn if across else 1)
+        self.ground(SHADOW, -wide, wide, -.1, .6)
         if across:
             r, hub, inner = (.34, BODY, .35) if motor else (.38, SPOKES, .72)
-            for wheel in (-0.58, 0.58):
+            for wheel in (-.58, .58):
                 self.disc(DARK, wheel, r, r)
                 self.disc(hub, wheel, r, r * inner)
+            frame = [] if motor else [(-.58, .38, -.2, .85), (-.2, .85, .42, .8), (.42, .8, .58, .38),
+                                      (-.1, .38, .42, .8), (-.58, .38, -.1, .38), (.38, 1.02, .48, .8)]
             if motor:
                 self.face(BODY, [(-.75, .8), (-.3, .3), (.3, .3), (.55, .95), (.2, .95), (-.1, .75)])
                 self.rod(DARK, .58, .4, .4, 1.1, .12)
-            for line in () if motor else ((-.58, .38, -.2, .85), (-.2, .85, .42, .8), (.42, .8, .58, .38),
-                                          (-.1, .38, .42, .8), (-.58, .38, -.1, .38), (.38, 1.02, .48, .8)):
-                self.rod(BODY, *line, .07)
-            legs = [(-.15, .95, .22, .62, .2), (.22, .62, .02, .28, .15)]
+            lamp, seat = (.58, .92, .11), -.15
+            limbs = [(LEGS, -.15, .95, .22, .62, .2), (LEGS, .22, .62, .02, .28, .15),
+                     (BODY, -.15, 1.35, .38, 1.05, .12, .85)]
         else:
-            tyre, trunk = (.1, .25) if motor else (.05, .07)
-            self.front(DARK, tyre, 0, .75)
-            self.front(BODY, trunk, .4, .9, .7)
-            self.rod(BODY, -.35, 1.02, .35, 1.02, .07)
-            legs = [(-.16, .95, -.208, .35, .16), (.16, .95, .208, .35, .16)]
+            self.front(DARK, .1 if motor else .05, 0, .75)
+            self.front(BODY, .25 if motor else .07, .4, .9, .7)
+            frame, lamp, seat = [(-.35, 1.02, .35, 1.02)], (0, .78, .12), 0
+            limbs = [(LEGS, -.16, .95, -.208, .35, .16), (LEGS, .16, .95, .208, .35, .16)]
+        for bar in frame:
+            self.rod(BODY, *bar, .07)
         if motor:
-            self.disc(LAMP, *((.58, .92, .11) if across else (0, .78, .12)))
-        if parked:
-            return
-        self.begin(RIDER, z, x, turn, new=False)
-        for leg in legs:
-            self.rod(LEGS, *leg)
-        if across:
-            self.rod(BODY, -.15, 1.35, .38, 1.05, .12, shade=.85)
-        self.person(x - .15 * turn if across else x, z, 0.15, RIDER)
+            self.disc(LAMP, *lamp)
+        if not parked:
+            self.begin(RIDER, z, x, self.scale, new=False)
+            for limb in limbs:
+                self.rod(*limb)
+            self.person(x + seat * self.scale, z, .15, RIDER)
 
     def tree(self, x, z):
         self.begin(VEGETATION, z, x)
@@ -372,15 +364,12 @@ class Scene:
                 self.disc(lens if k == lit else UNLIT, 0, tall + .05 - .38 * k, .17)
         else:
             self.begin(SIGN, z, x, new=False)
-            corners, r = (0, 3, 4, 2)[self.rng.integers(4)], self.rng.uniform(.38, .55)
+            shape, r = SIGNS[self.rng.integers(4)], self.rng.uniform(.38, .55)
             for face, size in ((BODY, r), (SYMBOL, .66 * r)):
-                if corners == 0:
-                    self.disc(face, 0, tall, size)
-                elif corners == 2:
-                    self.front(face, size * 1.3, tall - size * .8, tall + size * .8)
+                if shape:
+                    self.face(face, [(size * u, tall + size * v) for u, v in shape])
                 else:
-                    turn, size = np.arange(corners) * 2 * np.pi / corners, size * 1.22
-                    self.face(face, [(size * np.sin(a), tall + size * np.cos(a)) for a in turn])
+                    self.disc(face, 0, tall, size)
 
     def plank(self, cls, x, z0, z1, tall, outward):
         """A building, wall or fence: a plane along the street, and the end that faces the camera."""
@@ -389,6 +378,11 @@ class Scene:
         half = 6 if cls == BUILDING else .25
         if cls != FENCE:
             self.front(BODY, half, 0, tall, x=half)
+
+
+def pair(material, apart, half, y0, y1):
+    """Arguments of Scene.front for two of a kind, left and right: tyres, lamps."""
+    return [(material, half, y0, y1, 1, 1, x) for x in (-apart, apart)]
 
 
 # ------------------------------------------------------------------------------------------------------- appearance
