@@ -177,10 +177,8 @@ class Scene:
                 cls, tall = (WALL, rng.uniform(1.2, 3)) if kind == "wall" else (FENCE, rng.uniform(1.1, 2.2))
                 yield z0, self.plank, (cls, edge, z0, z, tall, s)
                 back = edge + s * rng.uniform(3, 7)
-                if rng.random() < .5:
-                    yield z0 + .1, self.plank, (BUILDING, back, z0, z, storeys, s)
-                else:
-                    yield z0 + .1, self.tree, (back, (z0 + z) / 2)
+                house, tree = (self.plank, (BUILDING, back, z0, z, storeys, s)), (self.tree, (back, (z0 + z) / 2))
+                yield z0 + .1, *(house if rng.random() < .5 else tree)
             elif kind == "tree":
                 for t in rng.uniform(z0, z, rng.integers(1, 4)):
                     yield t, self.tree, (edge + s * rng.uniform(.5, 4), t)
@@ -519,14 +517,12 @@ def _structure(rng, scene, image, palette, world, look):
 def _weather(rng, image, scene, world, look):
     """Wet mirrors, snow, haze, then light: its colour and strength, lamps and headlights."""
     tile, ground = _bank()[:, :HEIGHT, :WIDTH], world.plane == GROUND
-    if look["wet"]:
-        mirror = image[np.clip(2 * scene.horizon - world.y[:, 0], 0, HEIGHT - 1).astype(int)]
-        share = (ground & (world.label == ROAD)) * look["wet"] * np.clip(.7 + .3 * tile[UPRIGHT], 0, 1)
-        image += (mirror - image) * share[..., None]
-    if look["snow"]:
-        drift = 1 + .35 * tile[BLOTCH] + .3 * tile[LEAF] * (world.label == VEGETATION)
-        cover = np.clip(look["snow"] * SNOW[world.label] * drift, 0, 1)
-        image += (np.float32((236, 240, 248)) - image) * cover[..., None]
+    mirror = image[np.clip(2 * scene.horizon - world.y[:, 0], 0, HEIGHT - 1).astype(int)]
+    share = (ground & (world.label == ROAD)) * look["wet"] * np.clip(.7 + .3 * tile[UPRIGHT], 0, 1)
+    image += (mirror - image) * share[..., None]
+    drift = 1 + .35 * tile[BLOTCH] + .3 * tile[LEAF] * (world.label == VEGETATION)
+    cover = np.clip(look["snow"] * SNOW[world.label] * drift, 0, 1)
+    image += (np.float32((236, 240, 248)) - image) * cover[..., None]
     if look["haze"]:
         veil = 1 - np.exp(-world.depth * np.float32(look["haze"] * rng.uniform(.7, 1.4)))
         image += (np.float32((206, 208, 210)) - image) * veil[..., None]
@@ -571,83 +567,81 @@ STREET = dict(  # ranges of camera and street in metres, chances, weights of wha
     focal=(108, 124), height=(1.35, 1.6), horizon=(.42, .48), sway=.06, road=(3.6, 6), sidewalk=.9, verge=.4, cross=.4,
     building=3, tree=1.4, wall=.8, fence=.8, open=.4, storeys=(2, 5), lamp=2, light=1.6, sign=1.8, street_tree=1.4,
     person=4, parked=1.8, rider=1.3, car=1.5, truck=.6, bus=.55, hood=0)
-# What differs from STREET and PLAIN. Palettes in the order road / sidewalk / building / wall / fence / pole /
-# traffic light / traffic sign / vegetation / terrain / sky / person / rider / car / truck / bus / motorcycle / bicycle.
+
+
+def domain(number, palette, layout, **look):
+    """What differs from STREET and from PLAIN; the palette in the words of colours()."""
+    return dict(number=number, layout=layout, look=dict(look, palette=colours(palette)))
+
+
+# Palettes in the order road / sidewalk / building / wall / fence / pole / traffic light / traffic sign / vegetation /
+# terrain / sky / person / rider / car / truck / bus / motorcycle / bicycle.
 DOMAINS = {
     # One colour and one texture a class, of its own: appearance tells the class, by accident.
-    "toy-gta5": dict(number=1, layout={}, look=dict(
-        palette=colours("525460/baaea0/ccac7a/965446/6068aa/343c3a/18181a/1e50be/347828/96a642/70acec/d66496/ecd628/"
-                "ba181e/1e8c8c/f08c18/6e1e8c/14be78"),
-        jitter=5, sun=(.08, .14), trousers=(50, 50, 110), accent=(232, 232, 232), light=(.97, 1.03),
+    "toy-gta5": domain(1, "525460/baaea0/ccac7a/965446/6068aa/343c3a/18181a/1e50be/347828/96a642/70acec/d66496/ecd628/"
+        "ba181e/1e8c8c/f08c18/6e1e8c/14be78",
+        {}, jitter=5, sun=(.08, .14), trousers=(50, 50, 110), accent=(232, 232, 232), light=(.97, 1.03),
         texture={ROAD: (WHITE, 7), SIDEWALK: (DOTS, 8), BUILDING: (LEVEL, 8), WALL: (WEAVE, 9), FENCE: (STRIPE, 6),
         CAR: (BLOTCH, 5), TRUCK: (UPRIGHT, 8), BUS: (STRIPE, 8), PERSON: (WEAVE, 8), RIDER: (DOTS, 10),
-        TERRAIN: (DOTS, 8), VEGETATION: (DOTS, 6)})),
-    "toy-cityscapes": dict(number=2, layout=dict(height=(1.2, 1.35), horizon=(.37, .43), focal=(120, 136),
-        road=(3.2, 5), person=7, rider=2, truck=.3, bus=.35, storeys=(3, 6), hood=1, parked=3.4, sign=2.2, building=4,
-        tree=1.2, open=.1), look=dict(
-        palette=colours("868284/706064/7e685c 969696 707468 aa8c82 8c544c/888478 646864/465646 6e6e6a/606260 828482/"
-                "363a32/be3c38 3c5a96 c8be5a/404e38 505842/606048 705c4c/d6d8d6 c6ccd0/3c3c42 60504a 283246/50545a "
-                "783c38/cars/bebeba 466496/c8c496 a03232/323236/46464c"),
+        TERRAIN: (DOTS, 8), VEGETATION: (DOTS, 6)}),
+    "toy-cityscapes": domain(2, "868284/706064/7e685c 969696 707468 aa8c82 8c544c/888478 646864/465646 6e6e6a/606260 "
+        "828482/363a32/be3c38 3c5a96 c8be5a/404e38 505842/606048 705c4c/d6d8d6 c6ccd0/3c3c42 60504a 283246/50545a "
+        "783c38/cars/bebeba 466496/c8c496 a03232/323236/46464c",
+        dict(height=(1.2, 1.35), horizon=(.37, .43), focal=(120, 136), road=(3.2, 5), person=7, rider=2, truck=.3,
+        bus=.35, storeys=(3, 6), hood=1, parked=3.4, sign=2.2, building=4, tree=1.2, open=.1),
         jitter=12, light=(.95, 1.1), contrast=(.72, .85), tint=(.97, 1.02, .97), gray=(.2, .4), shadow=(.2, .35),
         sun=(0, .04), blur=(.5, .9), noise=(3, 5), joint=(14, 22), leaf=(12, 18), cloud=(3, 6),
         texture={ROAD: (BLOTCH, 7), SIDEWALK: (WHITE, 7), BUILDING: (WHITE, 7), WALL: (BLOTCH, 10),
-        TERRAIN: (BLOTCH, 9)})),
-    "toy-bdd": dict(number=3, layout=dict(height=(1.3, 1.7), horizon=(.47, .56), focal=(96, 112), road=(6, 9.5),
-        sidewalk=.6, verge=.7, person=2, car=3, truck=1.1, bus=.5, parked=2.4, tree=2, open=1.2, building=2,
-        storeys=(1, 4), sway=.1, hood=.3), look=dict(
-        palette=colours("968c82 78706c/c4b4a8 968c8c/96a0b0 d6ccbe 785a46 5a6e78/beb096/786446 aaaaaa/786454/c4a032 "
-                "3c3c28/328250 d6d6d2 c83228/6e6836 5a5c3c 846e3c/bea06e a08860/f0d0a0 e2beaa ceced8/465a82 beb4a0 "
-                "3c785a/3c5a3c 9696a0/ecece8 1e1e22 28468c aaa08c/e8e6e2 d67828/ecc432 3c6ebe/a02828/c8c8be"),
+        TERRAIN: (BLOTCH, 9)}),
+    "toy-bdd": domain(3, "968c82 78706c/c4b4a8 968c8c/96a0b0 d6ccbe 785a46 5a6e78/beb096/786446 aaaaaa/786454/c4a032 "
+        "3c3c28/328250 d6d6d2 c83228/6e6836 5a5c3c 846e3c/bea06e a08860/f0d0a0 e2beaa ceced8/465a82 beb4a0 3c785a/"
+        "3c5a3c 9696a0/ecece8 1e1e22 28468c aaa08c/e8e6e2 d67828/ecc432 3c6ebe/a02828/c8c8be",
+        dict(height=(1.3, 1.7), horizon=(.47, .56), focal=(96, 112), road=(6, 9.5), sidewalk=.6, verge=.7, person=2,
+        car=3, truck=1.1, bus=.5, parked=2.4, tree=2, open=1.2, building=2, storeys=(1, 4), sway=.1, hood=.3),
         jitter=16, light=(.85, 1.15), contrast=(1.1, 1.3), tint=(1.12, .98, .82), sun=(.1, .25), shadow=(.4, .6),
         blur=(.3, .8), noise=(3, 6), vignette=(.3, .6), joint=(-14, -8), grass=(8, 12), mark=(230, 200, 90),
-        texture={ROAD: (LEVEL, 7), BUILDING: (BLOTCH, 10), CAR: (WHITE, 4), SKY: (LEVEL, 4), TERRAIN: (WHITE, 9)})),
-    "toy-mapillary": dict(number=4, layout=dict(height=(1.1, 2.6), horizon=(.3, .55), focal=(88, 150), road=(2.8, 8),
-        sidewalk=.7, verge=.6, sway=.16, person=5, rider=1.8, tree=2.2, fence=1.2, wall=1.2, storeys=(1, 7)), look=dict(
-        palette=colours("967860 46464a aaa8a0/aa5a50 5a5c5a d6c896/3c8c82 d65a50 ece2d2 5a6eb4 789650 c878aa/d6d6dc "
-                "5a7850 3c3c5a/3c783c b43c32 e6e6e2/aa3c32 d6d6d6 5a8ca0/e6c83c 3c6446/ec3c3c f0dc3c 3ca05a/1e5a46 "
-                "78a028 963c3c/3c823c b46e46 d6be82/3c78d6 b4dcec aaaab4/1e8cbe ecece6 f09628 286e28/d63c32 28282e "
-                "5abed6/f0c832 1e643c 3c8cd6 ececec 784632/be2832 3c5ab4 e6dcbe/2878c8 3c9650 ececf0/d66428 1e1e22/"
-                "dc3c8c 3c78dc"),
+        texture={ROAD: (LEVEL, 7), BUILDING: (BLOTCH, 10), CAR: (WHITE, 4), SKY: (LEVEL, 4), TERRAIN: (WHITE, 9)}),
+    "toy-mapillary": domain(4, "967860 46464a aaa8a0/aa5a50 5a5c5a d6c896/3c8c82 d65a50 ece2d2 5a6eb4 789650 c878aa/"
+        "d6d6dc 5a7850 3c3c5a/3c783c b43c32 e6e6e2/aa3c32 d6d6d6 5a8ca0/e6c83c 3c6446/ec3c3c f0dc3c 3ca05a/1e5a46 "
+        "78a028 963c3c/3c823c b46e46 d6be82/3c78d6 b4dcec aaaab4/1e8cbe ecece6 f09628 286e28/d63c32 28282e 5abed6/"
+        "f0c832 1e643c 3c8cd6 ececec 784632/be2832 3c5ab4 e6dcbe/2878c8 3c9650 ececf0/d66428 1e1e22/dc3c8c 3c78dc",
+        dict(height=(1.1, 2.6), horizon=(.3, .55), focal=(88, 150), road=(2.8, 8), sidewalk=.7, verge=.6, sway=.16,
+        person=5, rider=1.8, tree=2.2, fence=1.2, wall=1.2, storeys=(1, 7)),
         jitter=24, light=(.7, 1.25), contrast=(.9, 1.35), sun=(0, .3), shadow=(.2, .6), blur=(0, .8), noise=(2, 9),
         joint=(-40, 30), brick=(-40, 30), leaf=(14, 34), grass=(6, 26), texture={ROAD: (STRIPE, 5),
         SIDEWALK: (WEAVE, 8), BUILDING: (UPRIGHT, 9), WALL: (LEVEL, 10), CAR: (STRIPE, 6), TRUCK: (BLOTCH, 9),
-        TERRAIN: (LEVEL, 10), SKY: (DOTS, 4)})),
-    "toy-night": dict(number=5, layout=dict(person=3, parked=2.4, height=(1.3, 1.5), building=4, lamp=3.4,
-        horizon=(.4, .5)), look=dict(
-        palette=colours("68686e/888282/786e6e 96826e 5a606e 8c5a50/787474/5a5a60/6e6e74/282828/c8463c 5a82d2/3c5440/"
-                "5a5e46/282c42 42323c/6e5a5a 3c506e/827850 465a78/cars/b4b4be 5a3c3c/be3c3c bebea0/50505a/787878"),
+        TERRAIN: (LEVEL, 10), SKY: (DOTS, 4)}),
+    "toy-night": domain(5, "68686e/888282/786e6e 96826e 5a606e 8c5a50/787474/5a5a60/6e6e74/282828/c8463c 5a82d2/3c5440/"
+        "5a5e46/282c42 42323c/6e5a5a 3c506e/827850 465a78/cars/b4b4be 5a3c3c/be3c3c bebea0/50505a/787878",
+        dict(person=3, parked=2.4, height=(1.3, 1.5), building=4, lamp=3.4, horizon=(.4, .5)),
         jitter=14, light=(.34, .48), tint=(.92, .95, 1.15), contrast=(1.1, 1.3), lit=.4, glow=.3, noise=(5, 10),
         blur=(.3, .7), shadow=(.2, .4), sun=(0, .1), cloud=(2, 4), texture={ROAD: (LEVEL, 8), BUILDING: (BLOTCH, 8),
-        SIDEWALK: (WHITE, 8), TERRAIN: (BLOTCH, 8)})),
-    "toy-fog": dict(number=6, layout=dict(tree=2, open=.8, horizon=(.38, .46), height=(1.4, 1.9), truck=.9), look=dict(
-        palette=colours("706e6a/8c8884/826e60 6e7478 967e6e 605450/6e6460/4c5050/464648/282c28/b4322e 3c508c/3c4836 "
-                "505038/626446/ced0d2/3c363c 64322e 2e3c50/5a643c 32323c/cars/aaaaa6 783c32/465a96 beb482/3c3232/"
-                "505a64"),
+        SIDEWALK: (WHITE, 8), TERRAIN: (BLOTCH, 8)}),
+    "toy-fog": domain(6, "706e6a/8c8884/826e60 6e7478 967e6e 605450/6e6460/4c5050/464648/282c28/b4322e 3c508c/3c4836 "
+        "505038/626446/ced0d2/3c363c 64322e 2e3c50/5a643c 32323c/cars/aaaaa6 783c32/465a96 beb482/3c3232/505a64",
+        dict(tree=2, open=.8, horizon=(.38, .46), height=(1.4, 1.9), truck=.9),
         jitter=12, haze=.045, light=(.85, 1), contrast=(.8, .95), gray=(.1, .3), blur=(.4, .9), noise=(2, 4),
         shadow=(.1, .2), sun=(0, .05), cloud=(1, 2), lit=.08, texture={ROAD: (BLOTCH, 6), BUILDING: (WHITE, 6),
-        TERRAIN: (BLOTCH, 9)})),
-    "toy-snow": dict(number=7, layout=dict(verge=.8, tree=2, open=1, storeys=(1, 3), person=3, rider=.9,
-        height=(1.3, 1.8)), look=dict(
-        palette=colours("82848a/96969c/963c32 be9646 6e5a46 78828c/786e6a/604c3c 787c82/544c46/323236/d6b43c 3c5aaa/"
-                "364a42/96928c/bec6d0 aab2c0/a03232 323c5a 285a50/3c78aa aa5a28/cars/3c6e46 c8c8cc/3c508c c83c3c/"
-                "464650/3c466e"),
+        TERRAIN: (BLOTCH, 9)}),
+    "toy-snow": domain(7, "82848a/96969c/963c32 be9646 6e5a46 78828c/786e6a/604c3c 787c82/544c46/323236/d6b43c 3c5aaa/"
+        "364a42/96928c/bec6d0 aab2c0/a03232 323c5a 285a50/3c78aa aa5a28/cars/3c6e46 c8c8cc/3c508c c83c3c/464650/3c466e",
+        dict(verge=.8, tree=2, open=1, storeys=(1, 3), person=3, rider=.9, height=(1.3, 1.8)),
         jitter=12, snow=1, light=(.9, 1.05), tint=(.94, .98, 1.07), contrast=(.8, 1), gray=(0, .2), blur=(.2, .7),
-        noise=(2, 5), shadow=(.1, .25), sun=(0, .08), cloud=(3, 6))),
+        noise=(2, 5), shadow=(.1, .25), sun=(0, .08), cloud=(3, 6)),
     # A weather of its own in every scene: what wins on one look may win by luck, on forty less so.
-    "toy-dev": dict(number=8, layout=dict(height=(1.1, 2.2), horizon=(.34, .52), focal=(96, 136), tree=2, road=(3, 8),
-        person=5, sway=.1), look=dict(
-        palette=colours("4e4a54 605a5a/786e74 96786e/64786e 965a60 828296 beaa96/5a5a54 968c96/82503c 3c505a/5a505a "
-                "96968c/464028/e67828 463c96/aa6428 8c3c28 6e6e32/785a3c 545438/be96aa dcaa82 8282aa/5a3264 324646 "
-                "b4a05a/6e3232 464678/463c6e bebeba 323632 6e828c/96826e 643c6e/6e963c beaabe/283c3c/968c3c"),
+    "toy-dev": domain(8, "4e4a54 605a5a/786e74 96786e/64786e 965a60 828296 beaa96/5a5a54 968c96/82503c 3c505a/5a505a "
+        "96968c/464028/e67828 463c96/aa6428 8c3c28 6e6e32/785a3c 545438/be96aa dcaa82 8282aa/5a3264 324646 b4a05a/"
+        "6e3232 464678/463c6e bebeba 323632 6e828c/96826e 643c6e/6e963c beaabe/283c3c/968c3c",
+        dict(height=(1.1, 2.2), horizon=(.34, .52), focal=(96, 136), tree=2, road=(3, 8), person=5, sway=.1),
         jitter=30, wet=(0, .6), haze=(0, .03), light=(.4, 1.15), tint=(1.06, .94, 1.06), contrast=(.7, 1.4),
         gray=(0, .7), sun=(0, .25), shadow=(.1, .6), blur=(0, .9), noise=(2, 9), vignette=(0, .5), lit=(0, .3),
         joint=(-30, 25), leaf=(12, 32), texture={ROAD: (UPRIGHT, 6), BUILDING: (DOTS, 8), SIDEWALK: (BLOTCH, 8),
-        CAR: (LEVEL, 5), TERRAIN: (WHITE, 10)})),
+        CAR: (LEVEL, 5), TERRAIN: (WHITE, 10)}),
 }
-_DEV = DOMAINS["toy-dev"]
-for _number, _order in ((9, (1, 2, 0)), (10, (2, 0, 1)), (11, (0, 2, 1))):  # three more, with its channels in other orders
-    _palette = {c: [[colour[k] for k in _order] for colour in listed] for c, listed in _DEV["look"]["palette"].items()}
-    DOMAINS[f"toy-dev-{_number - 7}"] = dict(_DEV, number=_number, look={**_DEV["look"], "palette": _palette})
+DEV = DOMAINS["toy-dev"]
+for k, order in enumerate(((1, 2, 0), (2, 0, 1), (0, 2, 1)), 2):  # three more, with its channels in other orders
+    swapped = {c: np.array(listed)[:, order] for c, listed in DEV["look"]["palette"].items()}
+    DOMAINS[f"toy-dev-{k}"] = dict(DEV, number=k + 7, look=dict(DEV["look"], palette=swapped))
 SPLITS = {"train": 0, "val": 1}
 
 
