@@ -34,8 +34,6 @@ CLASSES = tuple(c for c in range(19) if c != TRAIN)  # drawn: all but the train
 # The material of a part; the last four shine.
 BODY, GLASS, DARK, ACCENT, SKIN, LEGS, SHADOW, MARK, TRUNK, SPOKES, SYMBOL, UNLIT, LAMP, RED, AMBER, GREEN = range(16)
 GROUND, SIDE, FRONT = range(3)  # the plane of a part: y = 0, x = at, z = at
-SIGNS = ((), ((0, 1.22), (1.22 * .75 ** .5, -.61), (-1.22 * .75 ** .5, -.61)), ((0, 1.22), (1.22, 0), (0, -1.22), (-1.22, 0)),
-         ((-1.3, -.8), (1.3, -.8), (1.3, .8), (-1.3, .8)))  # outlines of traffic signs: round, triangle, diamond, rectangle
 
 
 # ------------------------------------------------------------------------------------------------------- geometry
@@ -107,8 +105,7 @@ class Scene:
         self.face(material, [(x, y0, z0), (x, y0, z1), (x, y1, z1 - taper), (x, y1, z0 + taper)], *light)
 
     def front(self, material, half, y0, y1, taper=1.0, shade=1.0, x=0.0):
-        top = half * taper
-        self.face(material, [(x - half, y0), (x + half, y0), (x + top, y1), (x - top, y1)], shade)
+        self.face(material, [(x - half, y0), (x + half, y0), (x + half * taper, y1), (x - half * taper, y1)], shade)
 
     def disc(self, material, x, y, rx, ry=None, shade=1.0):
         (px, py), k = self.point(x, y), self.focal / self.z
@@ -290,7 +287,7 @@ class Scene:
     def rider(self, x, z, parked=False):
         """A motorcycle or a bicycle, across the view or along it, with its rider or parked."""
         motor, turn, across = self.rng.random() < .5, self.rng.choice([-1, 1]), self.rng.random() < .7
-        wide = .9 if across else .3
+        wide, seat = (.9, -.15) if across else (.3, 0)
         self.begin(MOTORCYCLE if motor else BICYCLE, z, x, turn if across else 1)
         self.ground(SHADOW, -wide, wide, -.1, .6)
         if across:
@@ -298,23 +295,22 @@ class Scene:
             for wheel in (-.58, .58):
                 self.disc(DARK, wheel, r, r)
                 self.disc(hub, wheel, r, r * inner)
-            frame = [] if motor else [(-.58, .38, -.2, .85), (-.2, .85, .42, .8), (.42, .8, .58, .38),
-                                      (-.1, .38, .42, .8), (-.58, .38, -.1, .38), (.38, 1.02, .48, .8)]
             if motor:
                 self.face(BODY, [(-.75, .8), (-.3, .3), (.3, .3), (.55, .95), (.2, .95), (-.1, .75)])
                 self.rod(DARK, .58, .4, .4, 1.1, .12)
-            lamp, seat = (.58, .92, .11), -.15
+                self.disc(LAMP, .58, .92, .11)
+            for bar in () if motor else ((-.58, .38, -.2, .85), (-.2, .85, .42, .8), (.42, .8, .58, .38),
+                                         (-.1, .38, .42, .8), (-.58, .38, -.1, .38), (.38, 1.02, .48, .8)):
+                self.rod(BODY, *bar, .07)
             limbs = [(LEGS, -.15, .95, .22, .62, .2), (LEGS, .22, .62, .02, .28, .15),
                      (BODY, -.15, 1.35, .38, 1.05, .12, .85)]
         else:
             self.front(DARK, .1 if motor else .05, 0, .75)
             self.front(BODY, .25 if motor else .07, .4, .9, .7)
-            frame, lamp, seat = [(-.35, 1.02, .35, 1.02)], (0, .78, .12), 0
+            self.rod(BODY, -.35, 1.02, .35, 1.02, .07)
+            if motor:
+                self.disc(LAMP, 0, .78, .12)
             limbs = [(LEGS, -.16, .95, -.208, .35, .16), (LEGS, .16, .95, .208, .35, .16)]
-        for bar in frame:
-            self.rod(BODY, *bar, .07)
-        if motor:
-            self.disc(LAMP, *lamp)
         if not parked:
             self.begin(RIDER, z, x, self.scale, new=False)
             for limb in limbs:
@@ -328,8 +324,7 @@ class Scene:
         self.rod(TRUNK, 0, 0, self.rng.uniform(-.2, .2), tall * .6, .3)
         if self.rng.random() < 0.25:  # a conifer
             for k in range(3):
-                low = tall * (.2 + .25 * k)
-                self.front(BODY, wide * (1 - .25 * k), low, low + tall * .35, .1, shade=.85 + .1 * k)
+                self.front(BODY, wide * (1 - .25 * k), tall * (.2 + .25 * k), tall * (.55 + .25 * k), .1, .85 + .1 * k)
             return
         for k in range(6):
             a = self.rng.uniform(0, 6.28)
@@ -362,7 +357,10 @@ class Scene:
                 self.disc(lens if k == lit else UNLIT, 0, tall + .05 - .38 * k, .17)
         else:
             self.begin(SIGN, z, x, new=False)
-            shape, r = SIGNS[self.rng.integers(4)], self.rng.uniform(.38, .55)
+            shape = ((), ((0, 1.22), (1.22 * .75 ** .5, -.61), (-1.22 * .75 ** .5, -.61)),  # (): round
+                     ((0, 1.22), (1.22, 0), (0, -1.22), (-1.22, 0)),
+                     ((-1.3, -.8), (1.3, -.8), (1.3, .8), (-1.3, .8)))[self.rng.integers(4)]
+            r = self.rng.uniform(.38, .55)
             for face, size in ((BODY, r), (SYMBOL, .66 * r)):
                 if shape:
                     self.face(face, [(size * u, tall + size * v) for u, v in shape])
@@ -397,7 +395,7 @@ PLAIN = dict(
     blur=(0, 0), noise=(2, 2), vignette=(0, 0), haze=0, snow=0, lit=0, glow=0, wet=0)
 
 
-@functools.lru_cache(None)
+@functools.cache
 def _bank():
     """Eight textures of unit spread, twice as large as a scene, which can start at any corner of them."""
     rng = np.random.default_rng(0)
@@ -419,18 +417,16 @@ def paint(rng, scene, look):
     """(H, W, 3) uint8: the parts of a scene in a look. Works on colours alone, so the label cannot be hurt."""
     look = {**PLAIN, **look}
     look.update({k: rng.uniform(*v) for k, v in look.items() if isinstance(v, tuple) and len(v) == 2})
-    rows = np.array(list(scene.table), np.float32).T
+    rows, picture = np.array(list(scene.table), np.float32).T, np.asarray(scene.picture)
     rows[0, rows[0] == VOID] = 19
     parts = dict(zip(("label", "material", "obj", "plane"), rows[:4].astype(int)), at=rows[4], shade=rows[5])
-    picture = np.asarray(scene.picture)
-    colour, palette = _part_colours(rng, scene, look, **parts)
     world = _world(scene, {name: row[picture] for name, row in parts.items()})
-    image = _structure(rng, scene, colour[picture], palette, world, look)
+    image = _structure(rng, scene, _part_colours(rng, scene, look, **parts)[picture], world, look)
     return _lens(rng, _weather(rng, image, scene, world, look), look)
 
 
 def _part_colours(rng, scene, look, label, material, obj, plane, at, shade):
-    """A colour for each part, (parts, 3): by class and object, then by material; and the palette as an array."""
+    """A colour for each part, (parts, 3): by class and object, then by material."""
     palette = np.array([np.resize(look["palette"][c], (12, 3)) for c in range(20)], np.float32)  # each class's repeats
     once, each = rng.integers(12, size=20), rng.integers(12, size=scene.objects)  # which colour: one a scene, an object
     wobble_once, wobble = (rng.normal(size=(n, 3)) * look["jitter"] for n in (20, scene.objects))
@@ -450,7 +446,7 @@ def _part_colours(rng, scene, look, label, material, obj, plane, at, shade):
     colour = paints[material, np.arange(len(base))]
     sun = look["sun"] * rng.choice([-1, 1])  # one side of the street is lit
     tone = np.where(plane == SIDE, shade * (1 - np.sign(at) * sun), shade)
-    return (colour * tone[:, None]).astype(np.float32), palette
+    return (colour * tone[:, None]).astype(np.float32)
 
 
 def _world(scene, parts):
@@ -467,7 +463,7 @@ def _world(scene, parts):
     return world
 
 
-def _structure(rng, scene, image, palette, world, look):
+def _structure(rng, scene, image, world, look):
     """What marks a class in every look: lanes, slabs, windows, bricks, bars, leaves; then the look's own textures."""
     flat, pixels = SimpleNamespace(**{k: a.ravel() for k, a in vars(world).items()}), image.reshape(-1, 3)  # views
     near = np.clip(1.4 - flat.depth / 40, 0, 1)  # joints and bricks fade with depth
@@ -499,7 +495,7 @@ def _structure(rng, scene, image, palette, world, look):
     pixels[on] += (line * near[on] * look["brick"])[:, None]
     on, u, v, z = body(FENCE)
     bars = (u % .62 < .24) | (np.abs(v % .95 - .85) < .09)
-    behind = palette[rng.choice([TERRAIN, VEGETATION, BUILDING]), 0] * .7
+    behind = np.float32(look["palette"][rng.choice([TERRAIN, VEGETATION, BUILDING])][0]) * np.float32(.7)
     blend(on, behind, 1 - np.where(z < 16, bars, .5))
 
     bank, (oy, ox) = _bank(), rng.integers((HEIGHT, WIDTH))
@@ -557,7 +553,7 @@ def _lens(rng, image, look):
 
 
 def colours(text):
-    """A palette {class: [colours]} from hex colours: classes in order (without train) parted by '/'."""
+    """A palette {class: [colours]} from hex colours, in the order of CLASSES, parted by '/'."""
     text = text.replace("cars", "282a2e d2d4d6 787c80 ececec 3c4c6e 5a6054")  # those that are sold most
     lists = [[tuple(bytes.fromhex(word)) for word in part.split()] for part in text.split("/")]
     return {TRAIN: [(0, 0, 0)], 19: [(20, 20, 22)], **dict(zip(CLASSES, lists, strict=True))}
@@ -574,8 +570,6 @@ def domain(number, palette, layout, **look):
     return dict(number=number, layout=layout, look=dict(look, palette=colours(palette)))
 
 
-# Palettes in the order road / sidewalk / building / wall / fence / pole / traffic light / traffic sign / vegetation /
-# terrain / sky / person / rider / car / truck / bus / motorcycle / bicycle.
 DOMAINS = {
     # One colour and one texture a class, of its own: appearance tells the class, by accident.
     "toy-gta5": domain(1, "525460/baaea0/ccac7a/965446/6068aa/343c3a/18181a/1e50be/347828/96a642/70acec/d66496/ecd628/"
@@ -687,8 +681,8 @@ def _spoil(rng, image, label):
 def _demo(scenes=12):
     """Colour alone: the class that most often has a colour in the source, asked about other pixels."""
     def seen(domain, split, count):
-        image, label, _ = zip(*(draw(domain, split, index) for index in range(count)))
-        return (np.stack(image) // 16) @ np.array([256, 16, 1]), np.stack(label)  # 4096 colours
+        image, label, _ = map(np.stack, zip(*(draw(domain, split, index) for index in range(count))))
+        return (image // 16) @ np.array([256, 16, 1]), label  # 4096 colours
 
     counts, score = np.zeros((4096, 256), int), {}
     np.add.at(counts, seen("toy-gta5", "train", 4 * scenes), 1)
@@ -696,8 +690,8 @@ def _demo(scenes=12):
         colour, label = seen(domain, "val", scenes)
         score[domain] = (counts[:, :19].argmax(1)[colour] == label)[label != VOID].mean()
         print(f"{domain:15s} {score[domain]:.2f} of the pixels named by their colour in the source")
-    gap = score["toy-gta5"] - np.mean([score[domain] for domain in DOMAINS if domain != "toy-gta5"])
-    assert gap > .3, "the source's colours must not carry over: else there is no gap"
+    source, *targets = score.values()
+    assert source > np.mean(targets) + .3, "the source's colours must not carry over: else there is no gap"
     return score
 
 
