@@ -104,8 +104,9 @@ class Scene:
         light = () if shade is None else (shade, SIDE, self.x + x)
         self.face(material, [(x, y0, z0), (x, y0, z1), (x, y1, z1 - taper), (x, y1, z0 + taper)], *light)
 
-    def front(self, material, half, y0, y1, taper=1.0, shade=1.0, x=0.0):
-        self.face(material, [(x - half, y0), (x + half, y0), (x + half * taper, y1), (x - half * taper, y1)], shade)
+    def front(self, material, half, y0, y1, taper=1.0, shade=1.0, places=(0,)):
+        for x in places:
+            self.face(material, [(x - half, y0), (x + half, y0), (x + half * taper, y1), (x - half * taper, y1)], shade)
 
     def disc(self, material, x, y, rx, ry=None, shade=1.0):
         (px, py), k = self.point(x, y), self.focal / self.z
@@ -229,8 +230,9 @@ class Scene:
         belt = .58 * tall
         sides = [(BODY, 0, long, .28, belt, 0, .72), (BODY, .3, long - .9, belt, tall, .45, .66),
                  (GLASS, .6, long - 1.2, belt + .05, tall - .12, .35)]
-        end = [*pair(DARK, w - .16, .14, 0, .4), (BODY, w, .25, belt), (BODY, w, belt, tall, .74, 1.08),
-               (GLASS, .84 * w, belt + .02, tall - .13, .82), *pair(LAMP, .8 * w, .17, .58, .76), (ACCENT, .28, .36, .5)]
+        end = [(DARK, .14, 0, .4, 1, 1, (.16 - w, w - .16)), (BODY, w, .25, belt), (BODY, w, belt, tall, .74, 1.08),
+               (GLASS, .84 * w, belt + .02, tall - .13, .82), (LAMP, .17, .58, .76, 1, 1, (-.8 * w, .8 * w)),
+               (ACCENT, .28, .36, .5)]
         self.vehicle(CAR, x, z, w, long, (.15, .2), sides, (.34, .75, long - .8), end)
 
     def truck(self, x, z):
@@ -242,17 +244,18 @@ class Scene:
             faces = [(DARK, w, .55, .8), (BODY, w, .9, tall), (BODY, .05, .95, tall, 1, .5),
                      (BODY, w, tall - .12, tall, 1, .5), (BODY, w, .9, 1.02, 1, .5)]
         else:  # from ahead: the cab before the box
-            faces = [(BODY, w, .9, tall, 1, .9), (ACCENT, 1.1, .45, 2.6), (GLASS, .95, 1.55, 2.35), (DARK, .6, .75, 1.25)]
-        end = [*pair(DARK, .85, .25, 0, .95), *faces, *pair(LAMP, .92, .17, .62, .85)]
+            faces = [(BODY, w, .9, tall, 1, .9), (ACCENT, 1.1, .45, 2.6), (GLASS, .95, 1.55, 2.35),
+                     (DARK, .6, .75, 1.25)]
+        end = [(DARK, .25, 0, .95, 1, 1, (-.85, .85)), *faces, (LAMP, .17, .62, .85, 1, 1, (-.92, .92))]
         self.vehicle(TRUCK, x, z, w, long, (.2, .3), sides, (.48, 1, 2.1, long - 1), end)
 
     def bus(self, x, z):
         """Told from a truck by its windows: a row along the flank, a wide screen in front."""
         long, tall = self.rng.uniform(8, 12), self.rng.uniform(2.9, 3.3)
-        windows = [(GLASS, .3 + k * long / 6, (k + .86) * long / 6, 1.35, 2.5) for k in range(6)]
-        end = [*pair(DARK, .9, .2, 0, .5), (BODY, 1.25, .3, tall, 1, .94), (GLASS, 1.1, 1.15, 2.4, .97),
-               (ACCENT, .75, 2.55, 2.85), (BODY, .04, 1.15, 2.4, 1, .8), *pair(LAMP, .95, .2, .6, .85)]
-        sides = [(BODY, 0, long, .3, tall, 0, .74), *windows]
+        sides = [(BODY, 0, long, .3, tall, 0, .74)]
+        sides += [(GLASS, .3 + k * long / 6, (k + .86) * long / 6, 1.35, 2.5) for k in range(6)]
+        end = [(DARK, .2, 0, .5, 1, 1, (-.9, .9)), (BODY, 1.25, .3, tall, 1, .94), (GLASS, 1.1, 1.15, 2.4, .97),
+               (ACCENT, .75, 2.55, 2.85), (BODY, .04, 1.15, 2.4, 1, .8), (LAMP, .2, .6, .85, 1, 1, (-.95, .95))]
         self.vehicle(BUS, x, z, 1.25, long, (.2, .3), sides, (.45, 1.6, long - 2), end)
 
     def car_across(self, x, z):
@@ -373,12 +376,7 @@ class Scene:
         self.side(BODY, 0, 0, z1 - z0, 0, tall, shade=0.86)
         half = 6 if cls == BUILDING else .25
         if cls != FENCE:
-            self.front(BODY, half, 0, tall, x=half)
-
-
-def pair(material, apart, half, y0, y1):
-    """Arguments of Scene.front for two of a kind, left and right: tyres, lamps."""
-    return [(material, half, y0, y1, 1, 1, x) for x in (-apart, apart)]
+            self.front(BODY, half, 0, tall, places=[half])
 
 
 # ------------------------------------------------------------------------------------------------------- appearance
@@ -565,20 +563,20 @@ STREET = dict(  # ranges of camera and street in metres, chances, weights of wha
     person=4, parked=1.8, rider=1.3, car=1.5, truck=.6, bus=.55, hood=0)
 
 
-def domain(number, palette, layout, **look):
+def recipe(number, palette, layout, **look):
     """What differs from STREET and from PLAIN; the palette in the words of colours()."""
     return dict(number=number, layout=layout, look=dict(look, palette=colours(palette)))
 
 
 DOMAINS = {
     # One colour and one texture a class, of its own: appearance tells the class, by accident.
-    "toy-gta5": domain(1, "525460/baaea0/ccac7a/965446/6068aa/343c3a/18181a/1e50be/347828/96a642/70acec/d66496/ecd628/"
+    "toy-gta5": recipe(1, "525460/baaea0/ccac7a/965446/6068aa/343c3a/18181a/1e50be/347828/96a642/70acec/d66496/ecd628/"
         "ba181e/1e8c8c/f08c18/6e1e8c/14be78",
         {}, jitter=5, sun=(.08, .14), trousers=(50, 50, 110), accent=(232, 232, 232), light=(.97, 1.03),
         texture={ROAD: (WHITE, 7), SIDEWALK: (DOTS, 8), BUILDING: (LEVEL, 8), WALL: (WEAVE, 9), FENCE: (STRIPE, 6),
         CAR: (BLOTCH, 5), TRUCK: (UPRIGHT, 8), BUS: (STRIPE, 8), PERSON: (WEAVE, 8), RIDER: (DOTS, 10),
         TERRAIN: (DOTS, 8), VEGETATION: (DOTS, 6)}),
-    "toy-cityscapes": domain(2, "868284/706064/7e685c 969696 707468 aa8c82 8c544c/888478 646864/465646 6e6e6a/606260 "
+    "toy-cityscapes": recipe(2, "868284/706064/7e685c 969696 707468 aa8c82 8c544c/888478 646864/465646 6e6e6a/606260 "
         "828482/363a32/be3c38 3c5a96 c8be5a/404e38 505842/606048 705c4c/d6d8d6 c6ccd0/3c3c42 60504a 283246/50545a "
         "783c38/cars/bebeba 466496/c8c496 a03232/323236/46464c",
         dict(height=(1.2, 1.35), horizon=(.37, .43), focal=(120, 136), road=(3.2, 5), person=7, rider=2, truck=.3,
@@ -587,7 +585,7 @@ DOMAINS = {
         sun=(0, .04), blur=(.5, .9), noise=(3, 5), joint=(14, 22), leaf=(12, 18), cloud=(3, 6),
         texture={ROAD: (BLOTCH, 7), SIDEWALK: (WHITE, 7), BUILDING: (WHITE, 7), WALL: (BLOTCH, 10),
         TERRAIN: (BLOTCH, 9)}),
-    "toy-bdd": domain(3, "968c82 78706c/c4b4a8 968c8c/96a0b0 d6ccbe 785a46 5a6e78/beb096/786446 aaaaaa/786454/c4a032 "
+    "toy-bdd": recipe(3, "968c82 78706c/c4b4a8 968c8c/96a0b0 d6ccbe 785a46 5a6e78/beb096/786446 aaaaaa/786454/c4a032 "
         "3c3c28/328250 d6d6d2 c83228/6e6836 5a5c3c 846e3c/bea06e a08860/f0d0a0 e2beaa ceced8/465a82 beb4a0 3c785a/"
         "3c5a3c 9696a0/ecece8 1e1e22 28468c aaa08c/e8e6e2 d67828/ecc432 3c6ebe/a02828/c8c8be",
         dict(height=(1.3, 1.7), horizon=(.47, .56), focal=(96, 112), road=(6, 9.5), sidewalk=.6, verge=.7, person=2,
@@ -595,7 +593,7 @@ DOMAINS = {
         jitter=16, light=(.85, 1.15), contrast=(1.1, 1.3), tint=(1.12, .98, .82), sun=(.1, .25), shadow=(.4, .6),
         blur=(.3, .8), noise=(3, 6), vignette=(.3, .6), joint=(-14, -8), grass=(8, 12), mark=(230, 200, 90),
         texture={ROAD: (LEVEL, 7), BUILDING: (BLOTCH, 10), CAR: (WHITE, 4), SKY: (LEVEL, 4), TERRAIN: (WHITE, 9)}),
-    "toy-mapillary": domain(4, "967860 46464a aaa8a0/aa5a50 5a5c5a d6c896/3c8c82 d65a50 ece2d2 5a6eb4 789650 c878aa/"
+    "toy-mapillary": recipe(4, "967860 46464a aaa8a0/aa5a50 5a5c5a d6c896/3c8c82 d65a50 ece2d2 5a6eb4 789650 c878aa/"
         "d6d6dc 5a7850 3c3c5a/3c783c b43c32 e6e6e2/aa3c32 d6d6d6 5a8ca0/e6c83c 3c6446/ec3c3c f0dc3c 3ca05a/1e5a46 "
         "78a028 963c3c/3c823c b46e46 d6be82/3c78d6 b4dcec aaaab4/1e8cbe ecece6 f09628 286e28/d63c32 28282e 5abed6/"
         "f0c832 1e643c 3c8cd6 ececec 784632/be2832 3c5ab4 e6dcbe/2878c8 3c9650 ececf0/d66428 1e1e22/dc3c8c 3c78dc",
@@ -605,25 +603,25 @@ DOMAINS = {
         joint=(-40, 30), brick=(-40, 30), leaf=(14, 34), grass=(6, 26), texture={ROAD: (STRIPE, 5),
         SIDEWALK: (WEAVE, 8), BUILDING: (UPRIGHT, 9), WALL: (LEVEL, 10), CAR: (STRIPE, 6), TRUCK: (BLOTCH, 9),
         TERRAIN: (LEVEL, 10), SKY: (DOTS, 4)}),
-    "toy-night": domain(5, "68686e/888282/786e6e 96826e 5a606e 8c5a50/787474/5a5a60/6e6e74/282828/c8463c 5a82d2/3c5440/"
+    "toy-night": recipe(5, "68686e/888282/786e6e 96826e 5a606e 8c5a50/787474/5a5a60/6e6e74/282828/c8463c 5a82d2/3c5440/"
         "5a5e46/282c42 42323c/6e5a5a 3c506e/827850 465a78/cars/b4b4be 5a3c3c/be3c3c bebea0/50505a/787878",
         dict(person=3, parked=2.4, height=(1.3, 1.5), building=4, lamp=3.4, horizon=(.4, .5)),
         jitter=14, light=(.34, .48), tint=(.92, .95, 1.15), contrast=(1.1, 1.3), lit=.4, glow=.3, noise=(5, 10),
         blur=(.3, .7), shadow=(.2, .4), sun=(0, .1), cloud=(2, 4), texture={ROAD: (LEVEL, 8), BUILDING: (BLOTCH, 8),
         SIDEWALK: (WHITE, 8), TERRAIN: (BLOTCH, 8)}),
-    "toy-fog": domain(6, "706e6a/8c8884/826e60 6e7478 967e6e 605450/6e6460/4c5050/464648/282c28/b4322e 3c508c/3c4836 "
+    "toy-fog": recipe(6, "706e6a/8c8884/826e60 6e7478 967e6e 605450/6e6460/4c5050/464648/282c28/b4322e 3c508c/3c4836 "
         "505038/626446/ced0d2/3c363c 64322e 2e3c50/5a643c 32323c/cars/aaaaa6 783c32/465a96 beb482/3c3232/505a64",
         dict(tree=2, open=.8, horizon=(.38, .46), height=(1.4, 1.9), truck=.9),
         jitter=12, haze=.045, light=(.85, 1), contrast=(.8, .95), gray=(.1, .3), blur=(.4, .9), noise=(2, 4),
         shadow=(.1, .2), sun=(0, .05), cloud=(1, 2), lit=.08, texture={ROAD: (BLOTCH, 6), BUILDING: (WHITE, 6),
         TERRAIN: (BLOTCH, 9)}),
-    "toy-snow": domain(7, "82848a/96969c/963c32 be9646 6e5a46 78828c/786e6a/604c3c 787c82/544c46/323236/d6b43c 3c5aaa/"
+    "toy-snow": recipe(7, "82848a/96969c/963c32 be9646 6e5a46 78828c/786e6a/604c3c 787c82/544c46/323236/d6b43c 3c5aaa/"
         "364a42/96928c/bec6d0 aab2c0/a03232 323c5a 285a50/3c78aa aa5a28/cars/3c6e46 c8c8cc/3c508c c83c3c/464650/3c466e",
         dict(verge=.8, tree=2, open=1, storeys=(1, 3), person=3, rider=.9, height=(1.3, 1.8)),
         jitter=12, snow=1, light=(.9, 1.05), tint=(.94, .98, 1.07), contrast=(.8, 1), gray=(0, .2), blur=(.2, .7),
         noise=(2, 5), shadow=(.1, .25), sun=(0, .08), cloud=(3, 6)),
     # A weather of its own in every scene: what wins on one look may win by luck, on forty less so.
-    "toy-dev": domain(8, "4e4a54 605a5a/786e74 96786e/64786e 965a60 828296 beaa96/5a5a54 968c96/82503c 3c505a/5a505a "
+    "toy-dev": recipe(8, "4e4a54 605a5a/786e74 96786e/64786e 965a60 828296 beaa96/5a5a54 968c96/82503c 3c505a/5a505a "
         "96968c/464028/e67828 463c96/aa6428 8c3c28 6e6e32/785a3c 545438/be96aa dcaa82 8282aa/5a3264 324646 b4a05a/"
         "6e3232 464678/463c6e bebeba 323632 6e828c/96826e 643c6e/6e963c beaabe/283c3c/968c3c",
         dict(height=(1.1, 2.2), horizon=(.34, .52), focal=(96, 136), tree=2, road=(3, 8), person=5, sway=.1),
@@ -645,10 +643,10 @@ def draw(domain, split, index, seed=0, harmful=0.0, look=None):
     harmful    share of the training scenes that are spoilt; a larger share spoils the same scenes and more
     look       paint the scene in another domain's look: same geometry, same label
     """
-    recipe = DOMAINS[domain]
+    own = DOMAINS[domain]
     geometry, painting, spoiling = (
-        np.random.default_rng([recipe["number"], SPLITS[split], index, seed, k]) for k in range(3))
-    scene = Scene(geometry, {**STREET, **recipe["layout"]})
+        np.random.default_rng([own["number"], SPLITS[split], index, seed, k]) for k in range(3))
+    scene = Scene(geometry, {**STREET, **own["layout"]})
     image = paint(painting, scene, DOMAINS[look or domain]["look"])
     label = scene.column(0).astype(np.uint8)
     if split == "train" and spoiling.random() < harmful:
