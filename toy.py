@@ -36,9 +36,6 @@ BODY, GLASS, DARK, ACCENT, SKIN, LEGS, SHADOW, MARK, TRUNK, SPOKES, SYMBOL, UNLI
 GROUND, SIDE, FRONT = range(3)  # the plane of a part: y = 0, x = at, z = at
 
 
-# ------------------------------------------------------------------------------------------------------- geometry
-
-
 class Scene:
     """A street in metres, with x to the right of the camera, y up from the ground and z ahead.
 
@@ -60,9 +57,7 @@ class Scene:
         self.far = rng.uniform(45, 80)
         self.cross = rng.uniform(9, 35) if rng.random() < layout["cross"] else None
         self.backdrop()
-        items = []  # (depth, method, arguments)
-        for s, kerb, edge, walk in self.pavement():
-            items += [*self.roadside(s, edge), *self.kerbside(s, kerb, walk)]
+        items = [item for side in self.pavement() for item in self.beside(*side)]  # (depth, method, arguments)
         room, taken = {self.car: 5, self.rider: 5, self.truck: 11, self.bus: 11}, []
         for z, maker, args in sorted([*items, *self.traffic()], key=lambda item: -item[0]):
             if maker in room:  # vehicles do not stand inside each other
@@ -156,10 +151,10 @@ class Scene:
                 self.ground(MARK, x, x + .45, cross - 2.6, cross - .3)  # a zebra crossing
         return sides
 
-    def roadside(self, s, edge):
-        """What lines the street on side s: houses, trees, walls, fences, gaps."""
-        rng, kinds = self.rng, ("building", "tree", "wall", "fence", "open")
-        chance = np.array([self.layout[k] for k in kinds])
+    def beside(self, s, kerb, edge, walk):
+        """What lines the street on side s: houses, trees, walls, fences, gaps; then what stands at its kerb."""
+        rng, layout, kinds = self.rng, self.layout, ("building", "tree", "wall", "fence", "open")
+        chance = np.array([layout[k] for k in kinds])
         z = self.far - 2
         while z > 2:
             kind, z0 = kinds[rng.choice(5, p=chance / chance.sum())], max(z - rng.uniform(5, 18), 1.6)
@@ -168,7 +163,7 @@ class Scene:
                     z = self.cross - 2
                     continue
                 z0 = self.cross + 8
-            storeys = rng.uniform(*self.layout["storeys"]) * 3
+            storeys = rng.uniform(*layout["storeys"]) * 3
             if kind == "building":
                 yield z0, self.plank, (BUILDING, edge, z0, z, storeys, s)
             elif kind in ("wall", "fence"):
@@ -184,10 +179,7 @@ class Scene:
             elif rng.random() < .5:
                 yield z0, self.bush, (edge + s * rng.uniform(1, 5), max(z0, 5.0), rng.uniform(1, 2))
             z = z0
-
-    def kerbside(self, s, kerb, walk):
-        """Posts, trees, walkers and what is parked."""
-        rng, layout, post = self.rng, self.layout, kerb + s * .45
+        post = kerb + s * .45
         for kind, far in (("lamp", 40), ("light", 26), ("sign", 26)):
             for z in rng.uniform(5, far, rng.poisson(layout[kind] / 2)):
                 yield z, self.post, (post + s * rng.uniform(0, .5), z, kind, -s)
@@ -379,8 +371,6 @@ class Scene:
             self.front(BODY, half, 0, tall, places=[half])
 
 
-# ------------------------------------------------------------------------------------------------------- appearance
-
 WHITE, BLOTCH, LEVEL, UPRIGHT, LEAF, WEAVE, STRIPE, DOTS = range(8)  # the textures of _bank
 STUFF = np.isin(np.arange(20), (ROAD, SIDEWALK, WALL, FENCE, POLE, VEGETATION, TERRAIN, SKY, 19))  # one colour a scene
 # How much of each class the snow covers, classes 0 to 18, void last.
@@ -545,9 +535,6 @@ def _lens(rng, image, look):
         image = np.asarray(soft, np.float32)
     image = image + rng.standard_normal(image.shape, np.float32) * np.float32(look["noise"])
     return image.clip(0, 255).astype(np.uint8)
-
-
-# ------------------------------------------------------------------------------------------------------- domains
 
 
 def colours(text):
