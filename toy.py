@@ -8,10 +8,9 @@ toy_clip.py makes the CLIP. A picture is drawn in two passes that share nothing 
     paint    a domain's look: colours per class, texture, weather, light, lens. It never moves a pixel, so labels
              are exact under every look, and one scene can be seen in all: draw(..., look="toy-night").
 
-What makes it a domain gap: in the source `toy-gta5` class and appearance are tied by accident, as in an engine's list
-of assets. Every car is red and no other class is, every class has one texture, it is always a clear noon. A network
-that leans on this nearly solves the source and fails elsewhere. What holds in every domain is structure: windows in
-rows, bars, slabs and lanes in perspective, wheels, leaves, place in the scene.
+What makes it a domain gap: in the source `toy-gta5` appearance tells the class by accident. Every car is red and no
+other class is, every class has one texture, it is always a clear noon. A network that leans on this fails elsewhere.
+What holds everywhere is structure: windows in rows, bars, slabs and lanes in perspective, wheels, leaves, place.
 
 Shapes
     image    (H, W, 3) uint8     label    (H, W) uint8: train ids, 255 = void     wrong    (H, W) bool: see _spoil
@@ -58,13 +57,12 @@ class Scene:
         self.cross = rng.uniform(9, 35) if rng.random() < layout["cross"] else None
         self.backdrop()
         items = [item for side in self.pavement() for item in self.beside(*side)]  # (depth, method, arguments)
-        room, taken = {self.car: 5, self.rider: 5, self.truck: 11, self.bus: 11}, []
+        rooms, taken = {self.car: 5, self.rider: 5, self.truck: 11, self.bus: 11}, []
         for z, maker, args in sorted([*items, *self.traffic()], key=lambda item: -item[0]):
-            if maker in room:  # vehicles do not stand inside each other
-                if any(abs(args[0] - x) < 1.9 and abs(z - behind) < gap for x, behind, gap in taken):
-                    continue
-                taken.append((args[0], z, room[maker]))
-            maker(*args)
+            room = rooms.get(maker, 0)  # vehicles do not stand inside each other; what has no room is in nobody's way
+            if not room or all(abs(args[0] - x) >= 1.9 or abs(z - behind) >= gap for x, behind, gap in taken):
+                taken.append((args[0], z, room))
+                maker(*args)
         if rng.random() < layout["hood"]:  # the bonnet of the camera's own car
             rise = rng.uniform(.05, .12) * HEIGHT
             self.begin(VOID, 2.0)
@@ -263,10 +261,9 @@ class Scene:
             self.disc(DARK, a, .34, .36)
         self.disc(LAMP, .95, .68, .12)
 
-    def person(self, x, z, y=0.0, cls=PERSON):
+    def person(self, x, z, y=0.0, walks=True):
         """A walker, or what sits on a two-wheeler, a RIDER: that one's legs are drawn there."""
-        walks = cls == PERSON
-        self.begin(cls, z, x, new=walks)
+        self.begin(PERSON if walks else RIDER, z, x, new=walks)
         tall, lean = self.rng.uniform(1.5, 1.9), self.rng.uniform(-0.22, 0.22)
         hip, neck = y + 0.48 * tall, y + 0.84 * tall
         for foot in (lean, -lean * 0.9) if walks else ():
@@ -310,7 +307,7 @@ class Scene:
             self.begin(RIDER, z, x, self.scale, new=False)
             for limb in limbs:
                 self.rod(*limb)
-            self.person(x + seat * self.scale, z, .15, RIDER)
+            self.person(x + seat * self.scale, z, .15, walks=False)
 
     def tree(self, x, z):
         self.begin(VEGETATION, z, x)
@@ -569,9 +566,8 @@ DOMAINS = {
         dict(height=(1.2, 1.35), horizon=(.37, .43), focal=(120, 136), road=(3.2, 5), person=7, rider=2, truck=.3,
         bus=.35, storeys=(3, 6), hood=1, parked=3.4, sign=2.2, building=4, tree=1.2, open=.1),
         jitter=12, light=(.95, 1.1), contrast=(.72, .85), tint=(.97, 1.02, .97), gray=(.2, .4), shadow=(.2, .35),
-        sun=(0, .04), blur=(.5, .9), noise=(3, 5), joint=(14, 22), leaf=(12, 18), cloud=(3, 6),
-        texture={ROAD: (BLOTCH, 7), SIDEWALK: (WHITE, 7), BUILDING: (WHITE, 7), WALL: (BLOTCH, 10),
-        TERRAIN: (BLOTCH, 9)}),
+        sun=(0, .04), blur=(.5, .9), noise=(3, 5), joint=(14, 22), leaf=(12, 18), texture={ROAD: (BLOTCH, 7),
+        SIDEWALK: (WHITE, 7), BUILDING: (WHITE, 7), WALL: (BLOTCH, 10), TERRAIN: (BLOTCH, 9)}, cloud=(3, 6)),
     "toy-bdd": recipe(3, "968c82 78706c/c4b4a8 968c8c/96a0b0 d6ccbe 785a46 5a6e78/beb096/786446 aaaaaa/786454/c4a032 "
         "3c3c28/328250 d6d6d2 c83228/6e6836 5a5c3c 846e3c/bea06e a08860/f0d0a0 e2beaa ceced8/465a82 beb4a0 3c785a/"
         "3c5a3c 9696a0/ecece8 1e1e22 28468c aaa08c/e8e6e2 d67828/ecc432 3c6ebe/a02828/c8c8be",
