@@ -29,7 +29,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from clip.model import CLIP
-from PIL import Image
+from PIL import Image, ImageOps
+from torchvision.transforms.functional import normalize
 
 import model
 import toy
@@ -84,8 +85,7 @@ def _crops(rng, scene, image, count, share=SHARES):
     cls, obj, pad = scene.column(0), scene.column(2), REACH // 2
     ground = np.pad(cls, pad, constant_values=toy.VOID)
     outside = tuple(round(255 * mean) for mean in CLIP_MEAN)  # what the normalisation turns into zero
-    canvas = Image.new("RGB", ground.shape[::-1], outside)
-    canvas.paste(Image.fromarray(image), (pad, pad))
+    canvas = ImageOps.expand(Image.fromarray(image), pad, outside)
     present = np.flatnonzero(np.bincount(cls.ravel(), minlength=256)[:19] >= 8)
     weight = np.isin(present, RARE) + 1
     subjects = rng.choice(present, count, p=weight / weight.sum())
@@ -97,7 +97,7 @@ def _crops(rng, scene, image, count, share=SHARES):
         if mode == "zoom":
             side = SIZE / rng.uniform(1, 2)
         elif mode == "cut":
-            body = where[c][obj[tuple(where[c].T)] == obj[tuple(pixel)]]
+            body = np.argwhere((cls == c) & (obj == obj[tuple(pixel)]))
             side = np.prod(np.ptp(body, 0) + 1) ** .5
             side = len(body) ** .5 if side > REACH / 2 else side  # long or torn, as a pavement is: no box frames it
             side = np.clip(side * rng.uniform(1, 1.6), 14, REACH)
@@ -139,9 +139,8 @@ def web_batch(n, seed, styles):
 
 
 def _normalise(images):
-    """As data.to_tensor, for a batch; in the order of rounding in which toy_clip.pt was trained."""
-    x = images.permute(0, 3, 1, 2).float() / 255
-    return (x - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32, as data.to_tensor but for the order of rounding."""
+    return normalize(images.permute(0, 3, 1, 2) / 255, CLIP_MEAN, CLIP_STD)
 
 
 def train_clip(out, steps, seed, styles):
@@ -171,7 +170,7 @@ def train_clip(out, steps, seed, styles):
             group["lr"] = 2e-3 * min(1, (n + 1) / 100) * (.502 + .498 * np.cos(np.pi * n / steps))
         tokens = torch.searchsorted(used, tokens)[:, :(tokens > 0).sum(1).max()]
         with torch.autocast("cpu", torch.bfloat16):  # half the time of float32
-            image = net.encode_image(_normalise(images).contiguous(memory_format=torch.channels_last))
+            image = net.encode_image(_normalise(images))
             text = net.encode_text(tokens)
         logits = F.normalize(image.float(), dim=1) @ F.normalize(text.float(), dim=1).T * net.logit_scale.exp()
         logits = logits[:, which]
@@ -206,29 +205,22 @@ def _save(net, used, out):
 
 
 @torch.no_grad()
-def zero_shot(net, domain, share, scenes=15, per_scene=24):
-    """(right, total) per class: crops of a domain's held-out scenes, named by the nearest text of the drawn classes."""
-    right, total, recipe = np.zeros(19), np.zeros(19), toy.DOMAINS[domain]
-    text = original_text_prototypes(net, [CLASSES[c] for c in toy.CLASSES], TEMPLATES[:5])
-    for index in range(scenes):
-        rng = np.random.default_rng([recipe["number"], toy.SPLITS["val"], index, 77])
-        scene = toy.Scene(rng, {**toy.STREET, **recipe["layout"]})
-        crops, subject = _crops(rng, scene, toy.paint(rng, scene, recipe["look"]), per_scene, share)
-        guess = np.array(toy.CLASSES)[(net.encode_image(_normalise(torch.from_numpy(crops))) @ text.T).argmax(1)]
-        np.add.at(total, subject, 1)
-        np.add.at(right, subject[guess == subject], 1)
-    return right, total
-
-
 def check_clip(path=model.TOY_CLIP, scenes=15):
-    """Zero-shot top-1 of held-out crops in the domains' looks; trained with `--styles web` it has seen none of them."""
-    net = model.load_clip(path)[0]
+    """Zero-shot top-1: crops of held-out scenes in the domains' looks, named by the nearest text of the drawn classes."""
+    net, recipes = model.load_clip(path)[0], list(toy.DOMAINS.values())
+    text = original_text_prototypes(net, [CLASSES[c] for c in toy.CLASSES], TEMPLATES[:5])
+    counts = np.zeros((len(recipes), 3, 2, 19))  # domains, modes, right or total, classes
+    for d, mode, index in np.ndindex(len(recipes), 3, scenes):
+        rng = np.random.default_rng([recipes[d]["number"], toy.SPLITS["val"], index, 77])
+        scene = toy.Scene(rng, {**toy.STREET, **recipes[d]["layout"]})
+        crops, subject = _crops(rng, scene, toy.paint(rng, scene, recipes[d]["look"]), 24, np.eye(3)[mode])
+        guess = np.array(toy.CLASSES)[(net.encode_image(_normalise(torch.from_numpy(crops))) @ text.T).argmax(1)]
+        np.add.at(counts[d, mode, 0], subject[guess == subject], 1)
+        np.add.at(counts[d, mode, 1], subject, 1)
     print(f"top-1 over {len(toy.CLASSES)} classes (chance {1 / len(toy.CLASSES):.2f}); native: at the scene's scale, "
           "zoom: enlarged, cut: cut to the object")
-    counts = np.array([[zero_shot(net, domain, share, scenes) for share in np.eye(3)] for domain in toy.DOMAINS])
-    rows = dict(zip(toy.DOMAINS, counts.sum(3)))  # counts: (domains, modes, right or total, classes)
-    rows |= {CLASSES[c]: counts[..., c].sum(0) for c in toy.CLASSES} | {"all domains": counts.sum((0, 3))}
-    for name, row in rows.items():
+    rows = dict(zip(toy.DOMAINS, counts.sum(3))) | {CLASSES[c]: counts[..., c].sum(0) for c in toy.CLASSES}
+    for name, row in (rows | {"all domains": counts.sum((0, 3))}).items():
         top1 = "  ".join(f"{mode} {right / total:.3f}" for mode, (right, total) in zip(MODES, row))
         print(f"  {name:15s} {top1}  of {row[:, 1].sum():.0f} crops")
 
