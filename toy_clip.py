@@ -4,12 +4,10 @@ It is a small clip.model.CLIP, trained with CLIP's symmetric contrastive loss on
 bus."), never on label maps: of a crop it knows what its caption says, the class of the thing at its middle.
 
     crops       32 x 32 pixels, 48 from each of 8 scenes: at the scene's scale, enlarged, or cut to an object
-    styles      random (_web): in each picture three classes in four in colours near those that such things often have,
-                the others in any; any texture, sun, shadow, contrast, tint, blur, noise, vignette, some gray; light
-                from 0.55 to 1.3 of noon; layouts and cameras of a wide range, which holds most of those of the domains
+    styles      random (_web), of a wider range than the domains': colours, texture, light, lens, camera, layout. With
+                --styles source it sees the source's look alone: the control that tells what the wide styles are worth
     never seen  a named domain's palette or look, haze that grows with depth, snow, lit windows, lamp glow, wet mirrors,
-                light below 0.55. With --styles source it sees the source's look alone: the control that tells what the
-                wide styles are worth
+                light below 0.55 of noon
 
 Shapes
     images   (384, 32, 32, 3) uint8    tokens   (texts, 24) captions, each once    which   (384,) image -> its caption
@@ -28,9 +26,8 @@ import clip
 import numpy as np
 import torch
 import torch.nn.functional as F
-from clip.model import CLIP
 from PIL import Image, ImageOps
-from torchvision.transforms.functional import normalize
+from torchvision.transforms import Normalize
 
 import model
 import toy
@@ -46,6 +43,7 @@ MODES = ("native", "zoom", "cut")  # a window at the scene's scale; a smaller on
 RARE = (toy.TRUCK, toy.BUS, toy.RIDER, toy.MOTORCYCLE, toy.BICYCLE, toy.WALL, toy.FENCE, toy.LIGHT, toy.SIGN)
 FORMS = ("a {m} of a {c}.", "a {m} of a {c}.", "a {m} of the {c}.", "a {c} in a street scene.", "a {c} in the street.",
          "a {c} on the road at day.", "{c}")
+NORMALISE = Normalize(CLIP_MEAN, CLIP_STD)  # data.to_tensor rounds in another order than this file was trained in
 SOURCE = toy.STREET, {**toy.PLAIN, **toy.DOMAINS["toy-gta5"]["look"]}
 NATURAL = toy.colours(  # what such things often look like, anywhere
     "6e6e70 505054 96928c/96928c 786e6e/aa8c6e 8c5a50 969696/8c8278/6e645a/5a5a5c/32322e/be3c3c 3c5ab4/466e32 5a6e3c "
@@ -70,17 +68,16 @@ def _web(rng):
         cloud=once(0, 14), leaf=once(8, 42), grass=once(5, 30), noise=once(0, 6),
         blur=once(.2, 1.1) if rng.random() < .6 else (0, 0), vignette=once(0, .6) if rng.random() < .3 else (0, 0),
         texture={c: (rng.integers(8), rng.uniform(0, 8)) for c in toy.CLASSES})
-    layout = dict(toy.STREET, focal=(85, 150), height=(1.1, 2.4), horizon=(.32, .54), sway=.14, road=(2.8, 8.5),
-                  sidewalk=.8, verge=.6, building=2.4, wall=1.2, fence=1.2, tree=1.8, open=.8, storeys=(1, 6),
-                  truck=.9, bus=.9, rider=2.2, light=2.2, sign=2.2, hood=.2)
-    return layout, look
+    return dict(toy.STREET, focal=(85, 150), height=(1.1, 2.4), horizon=(.32, .54), sway=.14, road=(2.8, 8.5),
+                sidewalk=.8, verge=.6, building=2.4, wall=1.2, fence=1.2, tree=1.8, open=.8, storeys=(1, 6),
+                truck=.9, bus=.9, rider=2.2, light=2.2, sign=2.2, hood=.2), look
 
 
 def _crops(rng, scene, image, count, share=SHARES):
-    """Crops of one scene -> images (count, SIZE, SIZE, 3), class of each crop's subject.
+    """Crops of one scene -> images (count, SIZE, SIZE, 3), class of each crop's subject; share: of the three MODES.
 
-    share    of the three MODES. Classes are drawn evenly (rare and small ones more often), then a pixel of the class.
-             Whoever photographs a thing frames it: of eight places on it, a cut takes the one that shows most of it.
+    Classes are drawn evenly (rare and small ones more often), then a pixel of the class. Whoever photographs a thing
+    frames it: of eight places on it, a cut takes the one that shows most of it.
     """
     cls, obj, pad = scene.column(0), scene.column(2), REACH // 2
     ground = np.pad(cls, pad, constant_values=toy.VOID)
@@ -138,11 +135,6 @@ def web_batch(n, seed, styles):
     return torch.from_numpy(np.concatenate(images)), clip.tokenize(texts, context_length=24), torch.from_numpy(which)
 
 
-def _normalise(images):
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32, as data.to_tensor but for the order of rounding."""
-    return normalize(images.permute(0, 3, 1, 2) / 255, CLIP_MEAN, CLIP_STD)
-
-
 def train_clip(out, steps, seed, styles):
     """CLIP's symmetric contrastive loss, over the batch's captions for an image and over its images for a caption.
 
@@ -154,11 +146,9 @@ def train_clip(out, steps, seed, styles):
     # finds the end of a text as its highest token.
     mediums = "dark bright blurry gray photo picture drawing"
     used = clip.tokenize([form.format(m=mediums, c=c) for form in FORMS for c in CLASSES]).unique()
-    net = CLIP(64, SIZE, (1, 1, 1, 1), 16, None, 77, len(used), 64, 1, 2)  # widths: joint 64, vision 16, text 64
-    for name, parameter in net.named_parameters():
-        if name.endswith("bn3.weight"):  # CLIP opens its residual branches from zero: safe in deep networks, but slow
-            torch.nn.init.ones_(parameter)
-    net.visual.to(memory_format=torch.channels_last)
+    net = clip.model.CLIP(64, SIZE, (1, 1, 1, 1), 16, None, 77, len(used), 64, 1, 2)  # widths: joint 64, vision 16, text 64
+    for layer in (net.visual.layer1, net.visual.layer2, net.visual.layer3, net.visual.layer4):
+        torch.nn.init.ones_(layer[0].bn3.weight)  # CLIP opens its residual branches from zero: safe if deep, but slow
     groups = [dict(params=[p for p in net.parameters() if p.ndim > 1], weight_decay=.05),
               dict(params=[p for p in net.parameters() if p.ndim < 2], weight_decay=0)]
     optimizer = torch.optim.AdamW(groups, betas=(.9, .98))
@@ -170,7 +160,7 @@ def train_clip(out, steps, seed, styles):
             group["lr"] = 2e-3 * min(1, (n + 1) / 100) * (.502 + .498 * np.cos(np.pi * n / steps))
         tokens = torch.searchsorted(used, tokens)[:, :(tokens > 0).sum(1).max()]
         with torch.autocast("cpu", torch.bfloat16):  # half the time of float32
-            image = net.encode_image(_normalise(images))
+            image = net.encode_image(NORMALISE(images.permute(0, 3, 1, 2) / 255))
             text = net.encode_text(tokens)
         logits = F.normalize(image.float(), dim=1) @ F.normalize(text.float(), dim=1).T * net.logit_scale.exp()
         logits = logits[:, which]
@@ -186,10 +176,9 @@ def train_clip(out, steps, seed, styles):
 
 def _save(net, used, out):
     """A state dict in half precision, as OpenAI's; packed with deflate, since most rows of its token table are zero."""
-    state = {k: v.detach().clone().contiguous() for k, v in net.state_dict().items()}
-    trained = state["token_embedding.weight"]
-    state["token_embedding.weight"] = torch.zeros(49408, trained.shape[1])  # of CLIP's tokens; zero: never trained
-    state["token_embedding.weight"][used] = trained
+    state = {k: v.detach().clone() for k, v in net.state_dict().items()}
+    table = torch.zeros(49408, 64)  # of CLIP's tokens; zero: never trained
+    state["token_embedding.weight"] = table.index_copy(0, used, state["token_embedding.weight"])
     # Pixels are read as c_proj(v_proj(f)), without a position code (model.py). The grid of training has one cell: move its
     # code into the biases. The same function, as q, k and v are linear, and now reading a pixel is reading that cell.
     code = state["visual.attnpool.positional_embedding"]
@@ -214,7 +203,8 @@ def check_clip(path=model.TOY_CLIP, scenes=15):
         rng = np.random.default_rng([recipes[d]["number"], toy.SPLITS["val"], index, 77])
         scene = toy.Scene(rng, {**toy.STREET, **recipes[d]["layout"]})
         crops, subject = _crops(rng, scene, toy.paint(rng, scene, recipes[d]["look"]), 24, np.eye(3)[mode])
-        guess = np.array(toy.CLASSES)[(net.encode_image(_normalise(torch.from_numpy(crops))) @ text.T).argmax(1)]
+        image = net.encode_image(NORMALISE(torch.from_numpy(crops).permute(0, 3, 1, 2) / 255))
+        guess = np.array(toy.CLASSES)[(image @ text.T).argmax(1)]
         np.add.at(counts[d, mode, 0], subject[guess == subject], 1)
         np.add.at(counts[d, mode, 1], subject, 1)
     print(f"top-1 over {len(toy.CLASSES)} classes (chance {1 / len(toy.CLASSES):.2f}); native: at the scene's scale, "
