@@ -6,8 +6,7 @@ bus."), never on label maps: of a crop it knows what its caption says, the class
     crops       32 x 32 pixels, 48 from each of 8 scenes: at the scene's scale, enlarged, or cut to an object
     styles      random (_web), of a wider range than the domains': colours, texture, light, lens, camera, layout. With
                 --styles source it sees the source's look alone: the control that tells what the wide styles are worth
-    never seen  a named domain's palette or look, haze that grows with depth, snow, lit windows, lamp glow, wet mirrors,
-                light below 0.55 of noon
+    never seen  any domain's palette or look, haze, snow, lit windows, lamp glow, wet mirrors, light below 0.55 of noon
 
 Shapes
     images   (384, 32, 32, 3) uint8    tokens   (texts, 24) captions, each once    which   (384,) image -> its caption
@@ -44,7 +43,6 @@ RARE = (toy.TRUCK, toy.BUS, toy.RIDER, toy.MOTORCYCLE, toy.BICYCLE, toy.WALL, to
 FORMS = ("a {m} of a {c}.", "a {m} of a {c}.", "a {m} of the {c}.", "a {c} in a street scene.", "a {c} in the street.",
          "a {c} on the road at day.", "{c}")
 NORMALISE = Normalize(CLIP_MEAN, CLIP_STD)  # data.to_tensor rounds in another order than this file was trained in
-SOURCE = toy.STREET, {**toy.PLAIN, **toy.DOMAINS["toy-gta5"]["look"]}
 NATURAL = toy.colours(  # what such things often look like, anywhere
     "6e6e70 505054 96928c/96928c 786e6e/aa8c6e 8c5a50 969696/8c8278/6e645a/5a5a5c/32322e/be3c3c 3c5ab4/466e32 5a6e3c "
     "6e6432/788246 8c785a/96bee6 c8ced6/5a505a/645a50/78787c 3c3c42 c8c8c8/b4b4b0/be783c/3c3c40/5a5a5a")
@@ -81,8 +79,7 @@ def _crops(rng, scene, image, count, share=SHARES):
     """
     cls, obj, pad = scene.column(0), scene.column(2), REACH // 2
     ground = np.pad(cls, pad, constant_values=toy.VOID)
-    outside = tuple(round(255 * mean) for mean in CLIP_MEAN)  # what the normalisation turns into zero
-    canvas = ImageOps.expand(Image.fromarray(image), pad, outside)
+    canvas = ImageOps.expand(Image.fromarray(image), pad, tuple(round(255 * mean) for mean in CLIP_MEAN))  # to be zero
     present = np.flatnonzero(np.bincount(cls.ravel(), minlength=256)[:19] >= 8)
     weight = np.isin(present, RARE) + 1
     subjects = rng.choice(present, count, p=weight / weight.sum())
@@ -90,18 +87,16 @@ def _crops(rng, scene, image, count, share=SHARES):
     images = np.empty((count, SIZE, SIZE, 3), np.uint8)
     for k, c in enumerate(subjects):
         pixel = where[c][rng.integers(len(where[c]))]
-        places, side, mode = [pixel], SIZE, MODES[rng.choice(3, p=share)]
-        if mode == "zoom":
-            side = SIZE / rng.uniform(1, 2)
-        elif mode == "cut":
+        places, mode = [pixel], MODES[rng.choice(3, p=share)]
+        side = SIZE / rng.uniform(1, 2) if mode == "zoom" else SIZE
+        if mode == "cut":
             body = np.argwhere((cls == c) & (obj == obj[tuple(pixel)]))
             side = np.prod(np.ptp(body, 0) + 1) ** .5
             side = len(body) ** .5 if side > REACH / 2 else side  # long or torn, as a pavement is: no box frames it
             side = np.clip(side * rng.uniform(1, 1.6), 14, REACH)
             places += [(body.min(0) + body.max(0)) / 2, *body[rng.integers(len(body), size=6)]]
         shake = rng.uniform(-.1, .1, 2) * side
-        limit = np.array(ground.shape) - side
-        corners = [np.clip(place + .5 + pad - side / 2 + shake, 0, limit) for place in places]
+        corners = [np.clip(place + .5 + pad - side / 2 + shake, 0, np.array(ground.shape) - side) for place in places]
         shown = [(ground[int(y):int(y + side), int(x):int(x + side)] == c).sum() for y, x in corners]
         top, left = corners[np.argmax(shown)]  # the first of equals
         images[k] = canvas.resize((SIZE, SIZE), Image.BILINEAR, box=(left, top, left + side, top + side))
@@ -126,7 +121,7 @@ def web_batch(n, seed, styles):
     rng = np.random.default_rng([99, seed, n])
     images, captions = [], []
     for _ in range(SCENES):
-        layout, look = _web(rng) if styles == "web" else SOURCE
+        layout, look = _web(rng) if styles == "web" else (toy.STREET, toy.PLAIN | toy.DOMAINS["toy-gta5"]["look"])
         scene = toy.Scene(rng, layout)
         crops, subjects = _crops(rng, scene, toy.paint(rng, scene, look), PER_SCENE)
         images.append(crops)
@@ -136,17 +131,14 @@ def web_batch(n, seed, styles):
 
 
 def train_clip(out, steps, seed, styles):
-    """CLIP's symmetric contrastive loss, over the batch's captions for an image and over its images for a caption.
-
-    Crops with the same caption count as each other's negatives, as in CLIP; so the loss has a floor well above 0.
-    """
+    """CLIP's symmetric contrastive loss, over the batch's captions for an image and over its images for a caption."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # another number rounds differently
     # Of CLIP's 49,408 tokens the captions use a few dozen: train a table of those. In ascending order, because CLIP
     # finds the end of a text as its highest token.
     mediums = "dark bright blurry gray photo picture drawing"
     used = clip.tokenize([form.format(m=mediums, c=c) for form in FORMS for c in CLASSES]).unique()
-    net = clip.model.CLIP(64, SIZE, (1, 1, 1, 1), 16, None, 77, len(used), 64, 1, 2)  # widths: joint 64, vision 16, text 64
+    net = clip.model.CLIP(64, SIZE, (1, 1, 1, 1), 16, None, 77, len(used), 64, 1, 2)  # 64 wide, vision 16, text 64
     for layer in (net.visual.layer1, net.visual.layer2, net.visual.layer3, net.visual.layer4):
         torch.nn.init.ones_(layer[0].bn3.weight)  # CLIP opens its residual branches from zero: safe if deep, but slow
     groups = [dict(params=[p for p in net.parameters() if p.ndim > 1], weight_decay=.05),
@@ -162,10 +154,10 @@ def train_clip(out, steps, seed, styles):
         with torch.autocast("cpu", torch.bfloat16):  # half the time of float32
             image = net.encode_image(NORMALISE(images.permute(0, 3, 1, 2) / 255))
             text = net.encode_text(tokens)
-        logits = F.normalize(image.float(), dim=1) @ F.normalize(text.float(), dim=1).T * net.logit_scale.exp()
-        logits = logits[:, which]
+        # Crops with the same caption are each other's negatives, as in CLIP; so the loss has a floor well above 0.
+        logits = (F.normalize(image.float()) @ F.normalize(text.float()).T * net.logit_scale.exp())[:, which]
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         net.logit_scale.data.clamp_(0, np.log(100))  # as CLIP did
@@ -179,8 +171,8 @@ def _save(net, used, out):
     state = {k: v.detach().clone() for k, v in net.state_dict().items()}
     table = torch.zeros(49408, 64)  # of CLIP's tokens; zero: never trained
     state["token_embedding.weight"] = table.index_copy(0, used, state["token_embedding.weight"])
-    # Pixels are read as c_proj(v_proj(f)), without a position code (model.py). The grid of training has one cell: move its
-    # code into the biases. The same function, as q, k and v are linear, and now reading a pixel is reading that cell.
+    # Pixels are read as c_proj(v_proj(f)), without a position code (model.py). The grid of training has one cell: move
+    # its code into the biases. The same function, as q, k and v are linear: now reading a pixel is reading that cell.
     code = state["visual.attnpool.positional_embedding"]
     middle = code[len(code) // 2].clone()  # row 0 belongs to the mean
     for name in ("q", "k", "v"):
@@ -195,7 +187,7 @@ def _save(net, used, out):
 
 @torch.no_grad()
 def check_clip(path=model.TOY_CLIP, scenes=15):
-    """Zero-shot top-1: crops of held-out scenes in the domains' looks, named by the nearest text of the drawn classes."""
+    """Zero-shot top-1: crops of held-out scenes in the domains' looks, named by the nearest text of a drawn class."""
     net, recipes = model.load_clip(path)[0], list(toy.DOMAINS.values())
     text = original_text_prototypes(net, [CLASSES[c] for c in toy.CLASSES], TEMPLATES[:5])
     counts = np.zeros((len(recipes), 3, 2, 19))  # domains, modes, right or total, classes
@@ -205,8 +197,7 @@ def check_clip(path=model.TOY_CLIP, scenes=15):
         crops, subject = _crops(rng, scene, toy.paint(rng, scene, recipes[d]["look"]), 24, np.eye(3)[mode])
         image = net.encode_image(NORMALISE(torch.from_numpy(crops).permute(0, 3, 1, 2) / 255))
         guess = np.array(toy.CLASSES)[(image @ text.T).argmax(1)]
-        np.add.at(counts[d, mode, 0], subject[guess == subject], 1)
-        np.add.at(counts[d, mode, 1], subject, 1)
+        counts[d, mode] += [np.bincount(some, minlength=19) for some in (subject[guess == subject], subject)]
     print(f"top-1 over {len(toy.CLASSES)} classes (chance {1 / len(toy.CLASSES):.2f}); native: at the scene's scale, "
           "zoom: enlarged, cut: cut to the object")
     rows = dict(zip(toy.DOMAINS, counts.sum(3))) | {CLASSES[c]: counts[..., c].sum(0) for c in toy.CLASSES}
