@@ -8,8 +8,8 @@ A training sample is a pure function of (seed, n), n its number in the run: no g
 next. So any number of workers, processes or restarts yields the same samples, and resuming is asking for a later n.
 
     view     a scale in 0.5 .. 2, then the first varied one of 10 windows of crop size; flip; colour jitter; blur
-    cheap    Decoding a PNG costs more than all else, so nothing else may touch a whole picture: the window is chosen on
-             the label and mapped back to the original pixels; that box alone is decoded, resized once and jittered.
+    cheap    Decoding costs most, so nothing else touches a whole picture: the window is chosen on the label and mapped
+             back to the original pixels; that box alone is cut out, resized once and jittered.
 
 Shapes
     image    (H, W, 3) uint8   as stored               ->  (3, crop, crop) float32, normalised as CLIP's were
@@ -26,18 +26,21 @@ import math
 import os
 import re
 import sys
+import tempfile
 import warnings
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image, ImageFilter, ImageStat, UnidentifiedImageError
+from tqdm import tqdm
 
 try:
     import toy
 except ModuleNotFoundError:  # this file alone, lifted elsewhere: all but the toy-* names works
     toy = None
-# torch is imported where it is needed: `--help` and `--check` have no use for it and should not wait for it.
 
 CLASSES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
            "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
@@ -49,7 +52,6 @@ VOID = 255     # no class is asked of this pixel
 UNKNOWN = 254  # in a table: an id that the data set does not define
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-IMAGE_ENDS = ("png", "jpg", "jpeg", "PNG", "JPG", "JPEG")
 TOY_SCENES = {"train": 400, "val": 40}
 
 # our reading: the abstract names no augmentation; kinds and ranges are those of the nearest recipes (RobustNet, FAMix).
@@ -64,6 +66,12 @@ PATIENCE = 10            # bad pairs in a row that training survives
 
 class UserError(ValueError):
     """Something that the user can mend. The message is one sentence: what, where, and the remedy."""
+
+
+def require(holds, sentence):
+    """Refuse, in one sentence, what does not hold."""
+    if not holds:
+        raise UserError(sentence)
 
 
 # --------------------------------------------------------------------------------------------- ids: from theirs to ours
@@ -99,8 +107,7 @@ TABLES = {
 
 
 def _id_table(table, mapillary):
-    if mapillary not in ("A", "B"):
-        raise UserError(f"there is no Mapillary convention {mapillary!r}: choose A or B.")
+    require(mapillary in ("A", "B"), f"there is no Mapillary convention {mapillary!r}: choose A or B.")
     return TABLES[f"mapillary-{mapillary}" if table == "mapillary" else table]
 
 
@@ -118,21 +125,21 @@ def colours(ids):
 class Spec:
     """How a data set is stored. A layout is (images, labels): an image and its label fill every `*` with the same text.
 
-    {split} is the split's folder; a layout without it is one undivided pile. `?` in a name is anything (weather), and
-    images may end in .png, .jpg or .jpeg, whatever the layout shows.
+    {split} is the split's folder. A layout without it is one undivided pile: there is no official val split, and pairs
+    may be withheld from train to be one. `?` in a name is anything (weather), and images may end in .png, .jpg or
+    .jpeg, whatever the layout shows.
     """
 
     folder: str
     table: str              # of its labels; files named ...TrainIds.png hold train ids in any data set
     layouts: tuple = ()     # in order of preference
     splits: tuple = ("train", "val")
-    undivided: bool = False  # no official val split: pairs may be withheld from train to be one
 
 
 DATASETS = {
     "gta5": Spec("gta5", "gta5", (("images/{split}/*.png", "labels/{split}/*.png"), ("images/*.png", "labels/*.png")),
-                 splits=("train", "valid"), undivided=True),
-    "synthia": Spec("synthia", "synthia", (("RGB/*.png", "GT/LABELS/*.png"),), undivided=True),
+                 splits=("train", "valid")),
+    "synthia": Spec("synthia", "synthia", (("RGB/*.png", "GT/LABELS/*.png"),)),
     # labelIds come with the download, labelTrainIds are made by a script. Fog and rain have image folders of their own.
     "cityscapes": Spec("cityscapes", "cityscapes", tuple(
         (f"leftImg8bit{weather}/{{split}}/*/*_leftImg8bit?.png", f"gtFine/{{split}}/*/*_gtFine_{kind}.png")
@@ -182,85 +189,65 @@ def _list(name, root, split, holdout=0, harmful=0.0):
 
     items is None where the split is not on disk: no fault of a data set that is only wanted for its other one.
     """
-    if name not in DATASETS:
-        raise UserError(f"there is no data set {name!r}: choose from {', '.join(DATASETS)}.")
+    require(name in DATASETS, f"there is no data set {name!r}: choose from {', '.join(DATASETS)}.")
+    require(split in ("train", "val"), f"there is no split {split!r}: choose train or val.")
     spec = DATASETS[name]
-    if split not in ("train", "val"):
-        raise UserError(f"there is no split {split!r}: choose train or val.")
     if not spec.layouts:
         return [Item(name, f"{name}/{split}/{i}", "", "train", harmful if split == "train" else 0.0)
                 for i in range(TOY_SCENES[split])], []
-    if harmful > 0:
-        raise UserError(f"{name}: harmful scenes (--harmful {harmful}) can only be drawn: use a toy-* source, or 0.")
-    if not os.path.isdir(root):
-        return None, [f"the data root {root} is not a folder: give the one that holds {spec.folder}/ as --data-root."]
-    withhold = spec.undivided and (holdout or split == "val") and not _pairs(name, root, "val")
-    disk_split = "train" if withhold else split
-    items, problems = _pairs(name, root, disk_split) or _missing(name, root, disk_split)
+    require(not harmful, f"{name}: harmful scenes (--harmful {harmful}) can only be drawn: use a toy-* source, or 0.")
+    require(os.path.isdir(root), f"the data root {root} is not a folder: give --data-root the one that holds {spec.folder}/.")
+    undivided = any("{split}" not in images for images, _ in spec.layouts)
+    withhold = undivided and (holdout or split == "val") and not _pairs(name, root, "val")[0]
+    items, problems = _pairs(name, root, "train" if withhold else split)
     if not withhold or not items:
         return items, problems
     if not holdout:
         return None, [f"{name} has no val split on disk: give --holdout N to withhold N training pairs."]
     held = {int((i + 0.5) * len(items) / holdout) for i in range(holdout)}
     chosen = [item for i, item in enumerate(items) if (i in held) == (split == "val")]
-    if not chosen:
-        raise UserError(f"{name}: --holdout {holdout} of {len(items)} pairs leaves no {split} split: change it.")
+    require(chosen, f"{name}: --holdout {holdout} of {len(items)} pairs leaves no {split} split: change it.")
     return chosen, problems
 
 
-def _patterns(name, root, split):
-    """The folder of a data set, and (images, labels) below it for each layout."""
-    spec = DATASETS[name]
-    for layout in spec.layouts:
-        if "{split}" in layout[0] or split == "train" or not spec.undivided:
-            yield os.path.join(root, spec.folder), [part.format(split=spec.splits[split == "val"]) for part in layout]
-
-
 def _pairs(name, root, split):
-    """(items, problems) from the first layout that has both images and labels on disk, or None."""
-    for folder, (images, labels) in _patterns(name, root, split):
-        found = sorted(_walk(folder, images, IMAGE_ENDS), key=lambda entry: entry[1])
-        label_of = dict(_walk(folder, labels)) if found else {}
-        if label_of:
-            table = "train" if labels.endswith("TrainIds.png") else DATASETS[name].table
-            items = [Item(name, path, label_of[key], table) for key, path in found if key in label_of]
-            return items, [f"{path} has no label: looked for {_fill(folder, labels, key)}; fetch it or remove the image."
-                           for key, path in found if key not in label_of]
-    return None
+    """_list's answer for a split on disk, from the first layout that has both images and labels."""
+    spec, some_images = DATASETS[name], False
+    folder = os.path.join(root, spec.folder)
+    layouts = [[part.format(split=spec.splits[split == "val"]) for part in layout] for layout in spec.layouts
+               if "{split}" in layout[0] or split == "train"]
+    for images, labels in layouts:
+        found = sorted(_walk(folder, images, "(?i:png|jpe?g)"))
+        labelled = {key for _, key in _walk(folder, labels, "png")} if found else ()
+        if labelled:
+            table = "train" if labels.endswith("TrainIds.png") else spec.table
+            fill = labels.replace("*", "{}").format
+            pairs = [(Item(name, path, os.path.join(folder, fill(*key)), table), key in labelled) for path, key in found]
+            return ([item for item, complete in pairs if complete],
+                    [f"{item.image} has no label: looked for {item.label}; fetch it or remove the image."
+                     for item, complete in pairs if not complete])
+        some_images |= bool(found)
+    what = "images but no label" if some_images else "no images"
+    # Cityscapes' folders of other weathers are left unsaid.
+    tree = "\n or\n".join(f"  {images}\n  {labels}" for images, labels in layouts[:4]).replace("?", "")
+    return [] if some_images else None, [f"the {split} split of {name} has {what}: looked in {folder}; expected tree:\n{tree}"]
 
 
-def _walk(folder, pattern, ends=("png",)):
-    """(key, path) of the files that match, key = what stands for the `*`s. Each folder is listed once and no file is
+def _walk(folder, pattern, ends):
+    """(path, key) of the files that match, key = what stands for the `*`s. Each folder is listed once and no file is
     asked for anything: over a network 50,000 questions take minutes."""
     def refuse(error):  # a folder that is silently skipped would make another data set of this one
-        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
-            raise UserError(f"{error.filename} cannot be listed ({error.strerror}): see to its permissions or its disk.")
+        require(isinstance(error, (FileNotFoundError, NotADirectoryError)),
+                f"{error.filename} cannot be listed ({error.strerror}): see to its permissions or its disk.")
 
     stem = os.path.splitext(pattern)[0]
-    name = re.escape(stem).replace(r"\*", r"([^/.][^/]*)").replace(r"\?", "[^/]*")  # not ._00001.png, which a Mac leaves behind
-    match = re.compile(rf"{name}\.(?:{'|'.join(ends)})").fullmatch
-    for place, _, files in os.walk(os.path.join(folder, os.path.dirname(stem.split("*")[0])), onerror=refuse, followlinks=True):
-        for path in (os.path.join(place, file) for file in files):
-            if hit := match(os.path.relpath(path, folder).replace(os.sep, "/")):
-                yield hit.groups(), path
-
-
-def _fill(folder, pattern, key=()):
-    path = os.path.join(folder, pattern).replace("?", "")
-    for part in key:
-        path = path.replace("*", part, 1)
-    return path
-
-
-def _missing(name, root, split):
-    """_list's answer where nothing was found: what was looked for and what should be there."""
-    places = list(_patterns(name, root, split))[:4]  # Cityscapes' weather folders are left unsaid
-    unlabelled = [labels for folder, (images, labels) in places if next(_walk(folder, images, IMAGE_ENDS), None)]
-    folder = places[0][0]
-    looked = " or ".join(dict.fromkeys(_fill(folder, pattern) for pattern in unlabelled or [images for _, (images, _) in places]))
-    tree = "\n or\n".join(f"  {_fill(folder, images)}\n  {_fill(folder, labels)}" for _, (images, labels) in places)
-    items, what = ([], "images but no label") if unlabelled else (None, "no images")
-    return items, [f"the {split} split of {name} has {what}: looked for {looked}; expected tree:\n{tree}"]
+    name = re.escape(stem).replace(r"\*", "([^/.][^/]*)").replace(r"\?", "[^/]*")  # not ._00001.png, which a Mac leaves
+    top = os.path.join(folder, os.path.dirname(stem.split("*")[0]))
+    for place, _, files in os.walk(top, onerror=refuse, followlinks=True):
+        below = os.path.relpath(place, folder).replace(os.sep, "/")
+        for file in files:
+            if match := re.fullmatch(rf"{name}\.{ends}", f"{below}/{file}"):
+                yield os.path.join(place, file), match.groups()
 
 
 def evenly(items, number):
@@ -273,10 +260,8 @@ def evenly(items, number):
 
 
 def load_pair(item, mapillary="A"):
-    """(image (H, W, 3) uint8, label (H, W) uint8 train ids), of one size or refused. Not turned by EXIF: labels lie over
-    the pixels as stored."""
-    label = _open_label(item)
-    image = _open_image(item, label.size)
+    """(image (H, W, 3) uint8, label (H, W) uint8 train ids), of one size or refused."""
+    image, label = _open_pair(item)
     return np.array(image), _train_ids(item, np.asarray(label), mapillary)
 
 
@@ -291,7 +276,6 @@ def check_pairs(items, sample=32, mapillary="A"):
 
 def to_tensor(image):
     """(H, W, 3) uint8 -> (3, H, W) float32, normalised as CLIP's training images were."""
-    import torch
     mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     return torch.from_numpy(image.transpose(2, 0, 1).copy()).float().sub_(mean).div_(std)
 
@@ -302,37 +286,26 @@ def _drawn(item):
     return [Image.fromarray(array) for array in toy.draw(domain, split, int(index), harmful=item.harmful)[:2]]
 
 
-def _open_image(item, size=None, rows=None):
-    """The picture in RGB. With size (w, h), that of the label, another is refused. With rows, a PNG, which is a stream
-    from top to bottom, is decoded so far and no further."""
+def _open_pair(item):
+    """(image in RGB, label with the raw ids in one 8-bit channel), both Pillow's. P mode keeps its indices: colours are
+    never looked at. EXIF turns nothing: labels lie over the pixels as stored."""
     if not item.label:
-        return _drawn(item)[0]
-    with _reading(item.image) as image:
-        if size and image.size != size:
-            raise UserError(f"{item.label} is {size[0]}x{size[1]} but its image {item.image} is {image.width}x"
-                            f"{image.height}: fetch the pair again or remove it.")
-        if rows and image.format == "PNG" and not image.info.get("interlace"):
-            _change_tile(image, height=min(rows, image.height))
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _open_label(item):
-    """The raw ids as an 8-bit picture of one channel. P mode keeps its indices: colours are never looked at."""
-    if not item.label:
-        return _drawn(item)[1]
+        return _drawn(item)
     with _reading(item.label) as label:
-        if item.table == "synthia" and label.tile[0][3] == "RGB;16B":
+        if item.table == "synthia" and label.mode == "RGB":
             # SYNTHIA stores class and instance as 16-bit channels, high byte first. Pillow keeps the high byte of each,
             # and every class becomes 0. Told that the low byte comes first, it keeps the other, which is the class.
-            _change_tile(label, raw_mode="RGB;16L")
-        label.load()
-        if item.table == "synthia" and label.mode == "RGB":
+            if label.tile[0][3] == "RGB;16B":
+                label.tile = [(*label.tile[0][:3], "RGB;16L")]
             label = label.getchannel("R")
-        if label.mode not in ("L", "P"):
-            raise UserError(f"{item.label} is stored as {label.mode} and not as ids in one 8-bit channel: use the "
-                            f"official label files of {item.dataset}.")
-        return label
+        label.load()
+    require(label.mode in ("L", "P"), f"{item.label} is stored as {label.mode} and not as ids in one 8-bit channel: use "
+            f"the official label files of {item.dataset}.")
+    with _reading(item.image) as image:
+        image = image.convert("RGB")
+    require(image.size == label.size, f"{item.label} is {label.width}x{label.height} but its image {item.image} is "
+            f"{image.width}x{image.height}: fetch the pair again or remove it.")
+    return image, label
 
 
 @contextlib.contextmanager
@@ -340,27 +313,17 @@ def _reading(path):
     try:
         with Image.open(path) as image:
             yield image
-    except (UserError, MemoryError):
-        raise
     except Exception as error:  # a broken file makes Pillow raise anything from SyntaxError to struct.error
         reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else str(error).rstrip(".")
         raise UserError(f"{path} cannot be read ({reason}): fetch it again or remove the pair.") from None
 
 
-def _change_tile(image, raw_mode=None, height=None):
-    """Tell Pillow, before it decodes, how samples are packed or after how many rows to stop."""
-    codec, (left, top, right, bottom), offset, stored = image.tile[0]
-    image.tile = [(codec, (left, top, right, height or bottom), offset, raw_mode or stored)]
-
-
 def _train_ids(item, raw, mapillary):
     """Ids as stored, any shape, uint8 -> uint8 train ids. An id outside the table is refused, not guessed."""
     label = _id_table(item.table, mapillary)[raw]
-    if (label == UNKNOWN).any():
-        ids = np.unique(raw[label == UNKNOWN]).tolist()
-        listed = ", ".join(map(str, ids[:8])) + " ..." * (len(ids) > 8)
-        raise UserError(f"{item.label}: ids {listed} are not in the table `{item.table}`: use the official label files "
-                        "(ids, and neither colours nor another kind of ids).")
+    strange = np.unique(raw[label == UNKNOWN]).tolist()
+    require(not strange, f"{item.label}: ids {', '.join(map(str, strange[:8]))} are not in the table `{item.table}`: use the "
+            "official label files (ids, and neither colours nor another kind of ids).")
     return label
 
 
@@ -413,9 +376,7 @@ def colour_jitter(image, rng):
     saturation = s * np.eye(3) + (1 - s) * grey  # every row of the second term is `grey`
     cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
     hue = math.cos(turn) * np.eye(3) + math.sin(turn) * cross + (1 - math.cos(turn)) / 3  # Rodrigues' formula
-    matrix = np.empty((3, 4))
-    matrix[:, :3] = c * b * hue @ saturation
-    matrix[:, 3] = (1 - c) * b * grey @ ImageStat.Stat(image).mean
+    matrix = np.column_stack([c * b * hue @ saturation, np.full(3, (1 - c) * b * grey @ ImageStat.Stat(image).mean)])
     return image.convert("RGB", matrix.ravel().tolist())
 
 
@@ -428,11 +389,9 @@ def gaussian_blur(image, rng):
 
 def training_view(item, crop, rng, mapillary="A", augment=True):
     """One pair as a random view: (image (h, w, 3) uint8, label (h, w) uint8 train ids), crop = (h, w)."""
-    label = _open_label(item)
+    image, label = _open_pair(item)
     scale = rng.uniform(*SCALES) if augment else 1.0
     (box, size, offset), patch = varied_view(label, _id_table(item.table, mapillary), crop, scale, rng)
-    reach = max(1.0, 1 / scale)  # a bilinear pixel looks this far beyond the box
-    image = _open_image(item, label.size, rows=math.ceil(box[3] + reach) + 1)
     image = image.resize(size, Image.BILINEAR, box=box)
     label = _train_ids(item, np.asarray(patch), mapillary)
     if augment:
@@ -441,8 +400,7 @@ def training_view(item, crop, rng, mapillary="A", augment=True):
             offset = crop[1] - size[0] - offset[0], offset[1]
         image = gaussian_blur(colour_jitter(image, rng), rng)
     x, y = offset
-    canvas = np.empty((*crop, 3), np.uint8)
-    canvas[:] = np.round(255 * np.array(CLIP_MEAN))  # zero after normalisation: padding says nothing
+    canvas = np.full((*crop, 3), np.round(255 * np.array(CLIP_MEAN)), np.uint8)  # 0 when normalised: padding says nothing
     canvas[y:y + size[1], x:x + size[0]] = image
     padded = np.full(crop, VOID, np.uint8)
     padded[y:y + size[1], x:x + size[0]] = label
@@ -455,21 +413,17 @@ class TrainingStream:
     asks of a data set, so this is a plain class.
 
     A bad file met in training: the next pair of the order takes its place, and one warning names the file, for a run of
-    days must not die in hour ten of one broken file among 25,000. What is bad depends on the file alone, so sample n
-    stays a function of (seed, n). If PATIENCE pairs in a row fail, it is not the files: we stop.
+    days must not die in hour ten of one broken file among 25,000. What is bad depends on file and view alone, so sample
+    n stays a function of (seed, n). If PATIENCE pairs in a row fail, it is not the files: we stop.
     """
 
     def __init__(self, sources, crop, seed, mapillary="A", augment=True):
-        import torch
-        if not sources or not all(sources):
-            raise UserError("a training stream needs at least one source, and every source at least one pair.")
+        require(sources and all(sources), "a training stream needs at least one source, and every source at least one pair.")
         self.sources, self.seed, self.mapillary, self.augment = sources, seed, mapillary, augment
         self.crop = (crop, crop) if np.isscalar(crop) else tuple(crop)
-        if min(self.crop) < 1 or seed < 0:
-            raise UserError(f"crop {crop} and seed {seed}: the crop has to be at least 1 pixel, the seed at least 0.")
+        require(min(self.crop) >= 1 and seed >= 0, f"crop {crop} has to be at least 1 pixel, seed {seed} at least 0.")
         _id_table("mapillary", mapillary)  # a wrong convention is refused here and not in hour two
-        self._order = {}  # source -> (epoch, its permutation), only to save time
-        self._named = torch.zeros(len(self), dtype=torch.uint8).share_memory_()  # by all workers: one warning per file
+        self._named = torch.zeros(len(sources), max(map(len, sources))).share_memory_()  # by all workers: one warning per file
 
     def __len__(self):
         """Pairs in all sources. n may be any number from 0 on."""
@@ -479,14 +433,11 @@ class TrainingStream:
         """(source, index in its list) of sample n, or of the pair `skip` places further on in the order."""
         turn, source = divmod(n, len(self.sources))
         epoch, place = divmod(turn + skip, len(self.sources[source]))
-        if self._order.get(source, (None,))[0] != epoch:
-            # [seed, 0, ...] here, [seed, 1, ...] for views: numpy pads keys with zeros, so [5, 7] is also [5, 7, 0]
-            rng = np.random.default_rng([self.seed, 0, source, epoch])
-            self._order[source] = epoch, rng.permutation(len(self.sources[source]))
-        return source, int(self._order[source][1][place])
+        # [seed, 0, ...] here, [seed, 1, ...] for views: numpy pads keys with zeros, so [5, 7] is also [5, 7, 0]
+        order = np.random.default_rng([self.seed, 0, source, epoch]).permutation(len(self.sources[source]))
+        return source, int(order[place])
 
     def __getitem__(self, n):
-        import torch
         for skip in range(PATIENCE):
             source, index = self.locate(n, skip)
             item, rng = self.sources[source][index], np.random.default_rng([self.seed, 1, n])
@@ -494,9 +445,8 @@ class TrainingStream:
                 image, label = training_view(item, self.crop, rng, self.mapillary, self.augment)
                 return to_tensor(image), torch.from_numpy(label.astype(np.int64))
             except UserError as problem:
-                number = sum(map(len, self.sources[:source])) + index
-                if not self._named[number]:
-                    self._named[number] = 1
+                if not self._named[source, index]:
+                    self._named[source, index] = 1
                     warnings.warn(f"left out in training, another pair takes its place: {problem}", stacklevel=2)
                 last = problem
         raise UserError(f"{PATIENCE} training pairs in a row are bad (is the disk still there?), the last one: {last}")
@@ -509,11 +459,11 @@ def check(names, root, mapillary="A"):
     """Read every pair of the data sets, print what is there and what is wrong -> the problems, one sentence each."""
     problems = []
     for name in names:
-        splits = {f"{name} {split}": _list(name, root, split) for split in ("train", "val")}
-        on_disk = {title: listed for title, listed in splits.items() if listed[0] is not None}
+        splits = {split: _list(name, root, split) for split in ("train", "val")}
         # One of the two is enough: a target needs no train split, a source no val split.
-        for title, (items, faults) in (on_disk or {name: ([], splits[f"{name} train"][1])}).items():
-            faults = faults + _report(title, items, mapillary)
+        on_disk = {split: listed for split, listed in splits.items() if listed[0] is not None}
+        for split, (items, faults) in (on_disk or {"train": ([], splits["train"][1])}).items():
+            faults = faults + _report(f"{name} {split}", items, mapillary)
             for problem in faults:
                 print("  PROBLEM " + problem)
             problems += faults
@@ -523,11 +473,8 @@ def check(names, root, mapillary="A"):
 
 def _report(title, items, mapillary):
     """Read all pairs of a split, on every core, and print sizes, ids and classes -> the problems."""
-    from concurrent.futures import ProcessPoolExecutor
-
-    from tqdm import tqdm
-    with ProcessPoolExecutor(min(os.cpu_count(), len(items) or 1)) as pool:
-        results = pool.map(_examine, items, chunksize=min(16, 1 + len(items) // 16))
+    with ProcessPoolExecutor() as pool:
+        results = pool.map(_examine, items, chunksize=8)
         results = list(tqdm(results, title, len(items), unit="pair", dynamic_ncols=True, disable=not items))
     print(f"\n{title}: {len(items)} pairs")
     if read := [(size, count) for problem, size, count in results if not problem]:
@@ -545,18 +492,16 @@ def _report(title, items, mapillary):
 def _examine(item):
     """Read a pair in full -> (problem or "", (width, height), how often each raw id occurs (256))."""
     try:
-        label = _open_label(item)
-        size = _open_image(item, label.size).size
+        image, label = _open_pair(item)
         count = np.array(label.histogram()[:256])
         _train_ids(item, np.flatnonzero(count), "A")  # A and B know the same ids
-        return "", size, count
+        return "", image.size, count
     except UserError as error:
         return str(error), None, None
 
 
 def _demo():
     """A picture painted in the colours of its own classes, so that every view can be checked: they must agree."""
-    import tempfile
     classes = np.random.default_rng(0).integers(0, 19, (6, 8)).repeat(20, 0).repeat(20, 1)
     with tempfile.TemporaryDirectory() as root:
         for folder, array in (("images", COLORS[classes]), ("labels", np.array([*_CITYSCAPES], np.uint8)[classes])):
