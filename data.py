@@ -229,8 +229,8 @@ def _pairs(name, root, split):
         some_images |= bool(found)
     what = "images but no label" if some_images else "no images"
     # Cityscapes' folders of other weathers are left unsaid.
-    tree = "\n or\n".join(f"  {images}\n  {labels}" for images, labels in layouts[:4]).replace("?", "")
-    return [] if some_images else None, [f"the {split} split of {name} has {what}: looked in {folder}; expected tree:\n{tree}"]
+    tree = "\n or\n".join(f"  {folder}/{images}\n  {folder}/{labels}" for images, labels in layouts[:4]).replace("?", "")
+    return [] if some_images else None, [f"the {split} split of {name} has {what}; expected tree:\n{tree}"]
 
 
 def _walk(folder, pattern, ends):

@@ -139,7 +139,7 @@ def test_a_missing_or_empty_folder_is_answered_with_what_was_looked_for_and_the_
     for folder in (tmp_path, (tmp_path / FOLDERS.get(name, name) / image).parent):
         folder.mkdir(parents=True, exist_ok=True)
         message = error_of(data.list_items, name, tmp_path, "train")
-        assert message.startswith(f"the train split of {name} has no images: looked in {tmp_path}")
+        assert message.startswith(f"the train split of {name} has no images; expected tree:\n  {tmp_path}")
         if "foggy" not in image and "_rain" not in image:
             tree = message.split("expected tree:\n")[1]
             assert Path(label).parent.parts[0] in tree and tree.count("*") >= 2 and "?" not in tree
