@@ -33,7 +33,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image, ImageFilter, ImageStat, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -276,6 +275,7 @@ def check_pairs(items, sample=32, mapillary="A"):
 
 def to_tensor(image):
     """(H, W, 3) uint8 -> (3, H, W) float32, normalised as CLIP's training images were."""
+    import torch  # here and not above: --help and --check do without it and need not wait for it
     mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     return torch.from_numpy(image.transpose(2, 0, 1).copy()).float().sub_(mean).div_(std)
 
@@ -418,6 +418,7 @@ class TrainingStream:
     """
 
     def __init__(self, sources, crop, seed, mapillary="A", augment=True):
+        import torch
         require(sources and all(sources), "a training stream needs at least one source, and every source at least one pair.")
         self.sources, self.seed, self.mapillary, self.augment = sources, seed, mapillary, augment
         self.crop = (crop, crop) if np.isscalar(crop) else tuple(crop)
@@ -438,6 +439,7 @@ class TrainingStream:
         return source, int(order[place])
 
     def __getitem__(self, n):
+        import torch
         for skip in range(PATIENCE):
             source, index = self.locate(n, skip)
             item, rng = self.sources[source][index], np.random.default_rng([self.seed, 1, n])
@@ -474,8 +476,7 @@ def check(names, root, mapillary="A"):
 def _report(title, items, mapillary):
     """Read all pairs of a split, on every core, and print sizes, ids and classes -> the problems."""
     with ProcessPoolExecutor() as pool:
-        results = pool.map(_examine, items, chunksize=8)
-        results = list(tqdm(results, title, len(items), unit="pair", dynamic_ncols=True, disable=not items))
+        results = list(tqdm(pool.map(_examine, items, chunksize=8), title, len(items), unit="pair", disable=not items))
     print(f"\n{title}: {len(items)} pairs")
     if read := [(size, count) for problem, size, count in results if not problem]:
         table, raw_ids = items[0].table, sum(count for _, count in read)
@@ -511,8 +512,7 @@ def _demo():
         image, label = training_view(item, (200, 100), np.random.default_rng(0), augment=False)
     nearest = np.abs(image[:, :, None].astype(int) - COLORS).sum(-1).argmin(-1)
     agree = (nearest == label)[label != VOID].mean()
-    print(f"a 200x100 view of a 120x160 picture: {(label == VOID).mean():.0%} padding, colour and label agree on "
-          f"{agree:.0%} of the rest")
+    print(f"a 200x100 view of 120x160: {(label == VOID).mean():.0%} padding, colour and label agree on {agree:.0%} of the rest")
     assert agree == 1
 
 
