@@ -8,8 +8,8 @@ A training sample is a pure function of (seed, n), n its number in the run: no g
 next. So any number of workers, processes or restarts yields the same samples, and resuming is asking for a later n.
 
     view     a scale in 0.5 .. 2, then the first varied one of 10 windows of crop size; flip; colour jitter; blur
-    cheap    Decoding costs most, so nothing else touches a whole picture: the window is chosen on the label and mapped
-             back to the original pixels; that box alone is cut out, resized once and jittered.
+    cheap    Decoding a PNG costs more than all else, so nothing else may touch a whole picture: the window is chosen on
+             the label and mapped back to the original pixels; that box alone is decoded, resized once and jittered.
 
 Shapes
     image    (H, W, 3) uint8   as stored               ->  (3, crop, crop) float32, normalised as CLIP's were
@@ -260,7 +260,8 @@ def evenly(items, number):
 
 def load_pair(item, mapillary="A"):
     """(image (H, W, 3) uint8, label (H, W) uint8 train ids), of one size or refused."""
-    image, label = _open_pair(item)
+    label = _open_label(item)
+    image = _open_image(item, label.size)
     return np.array(image), _train_ids(item, np.asarray(label), mapillary)
 
 
@@ -286,11 +287,10 @@ def _drawn(item):
     return [Image.fromarray(array) for array in toy.draw(domain, split, int(index), harmful=item.harmful)[:2]]
 
 
-def _open_pair(item):
-    """(image in RGB, label with the raw ids in one 8-bit channel), both Pillow's. P mode keeps its indices: colours are
-    never looked at. EXIF turns nothing: labels lie over the pixels as stored."""
+def _open_label(item):
+    """The raw ids as a Pillow image of one 8-bit channel. P mode keeps its indices: colours are never looked at."""
     if not item.label:
-        return _drawn(item)
+        return _drawn(item)[1]
     with _reading(item.label) as label:
         if item.table == "synthia" and label.mode == "RGB":
             # SYNTHIA stores class and instance as 16-bit channels, high byte first. Pillow keeps the high byte of each,
@@ -301,11 +301,21 @@ def _open_pair(item):
         label.load()
     require(label.mode in ("L", "P"), f"{item.label} is stored as {label.mode} and not as ids in one 8-bit channel: use "
             f"the official label files of {item.dataset}.")
+    return label
+
+
+def _open_image(item, size, rows=None):
+    """The picture in RGB, as Pillow's; its size has to be the label's, (w, h). With rows, a PNG, which is a stream from
+    top to bottom, is decoded so far and no further. EXIF turns nothing: labels lie over the pixels as stored."""
+    if not item.label:
+        return _drawn(item)[0]
     with _reading(item.image) as image:
-        image = image.convert("RGB")
-    require(image.size == label.size, f"{item.label} is {label.width}x{label.height} but its image {item.image} is "
-            f"{image.width}x{image.height}: fetch the pair again or remove it.")
-    return image, label
+        require(image.size == size, f"{item.label} is {size[0]}x{size[1]} but its image {item.image} is "
+                f"{image.width}x{image.height}: fetch the pair again or remove it.")
+        if rows and image.format == "PNG" and not image.info.get("interlace"):
+            codec, (left, top, right, bottom), *rest = image.tile[0]
+            image.tile = [(codec, (left, top, right, min(rows, bottom)), *rest)]
+        return image.convert("RGB")
 
 
 @contextlib.contextmanager
@@ -313,6 +323,8 @@ def _reading(path):
     try:
         with Image.open(path) as image:
             yield image
+    except (UserError, MemoryError):
+        raise
     except Exception as error:  # a broken file makes Pillow raise anything from SyntaxError to struct.error
         reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else str(error).rstrip(".")
         raise UserError(f"{path} cannot be read ({reason}): fetch it again or remove the pair.") from None
@@ -389,9 +401,11 @@ def gaussian_blur(image, rng):
 
 def training_view(item, crop, rng, mapillary="A", augment=True):
     """One pair as a random view: (image (h, w, 3) uint8, label (h, w) uint8 train ids), crop = (h, w)."""
-    image, label = _open_pair(item)
+    label = _open_label(item)
     scale = rng.uniform(*SCALES) if augment else 1.0
     (box, size, offset), patch = varied_view(label, _id_table(item.table, mapillary), crop, scale, rng)
+    reach = max(1.0, 1 / scale)  # a bilinear pixel looks this far beyond the box
+    image = _open_image(item, label.size, rows=math.ceil(box[3] + reach) + 1)
     image = image.resize(size, Image.BILINEAR, box=box)
     label = _train_ids(item, np.asarray(patch), mapillary)
     if augment:
@@ -493,7 +507,8 @@ def _report(title, items, mapillary):
 def _examine(item):
     """Read a pair in full -> (problem or "", (width, height), how often each raw id occurs (256))."""
     try:
-        image, label = _open_pair(item)
+        label = _open_label(item)
+        image = _open_image(item, label.size)
         count = np.array(label.histogram()[:256])
         _train_ids(item, np.flatnonzero(count), "A")  # A and B know the same ids
         return "", image.size, count
