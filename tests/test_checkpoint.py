@@ -71,19 +71,20 @@ def test_moments_from_another_memory_layout_belong_to_the_same_weights(saved, no
 
 
 def test_a_folder_takes_one_run_and_its_log_goes_back_to_the_step_of_the_checkpoint(tmp_path):
-    config, log = SimpleNamespace(clip="toy", out=str(tmp_path / "run")), tmp_path / "run" / "log.jsonl"
+    folder = tmp_path / "runs" / "run"
+    config, log = SimpleNamespace(clip="toy", out=str(folder)), folder / "log.jsonl"
     checkpoint.open_folder(config)
     log.write_text('{"step": 1}\n')
     checkpoint.open_folder(config)  # nothing was saved: it can be used again
-    assert not log.exists() and json.loads((tmp_path / "run" / "run.json").read_text())["config"] == vars(config)
-    (tmp_path / "run" / "last.pt").touch()
+    assert not log.exists() and json.loads((folder / "run.json").read_text())["config"] == vars(config)
+    (folder / "last.pt").touch()
     with pytest.raises(UserError, match="holds another run"):
         checkpoint.open_folder(config)
     log.write_text('{"step": 4}\n{"step": 5}\n{"step": 6, "lo')  # a row was being written
     for step in (5, 4):
         checkpoint.open_folder(config, step)
         assert [row["step"] for row in map(json.loads, log.read_text().splitlines())] == [4, 5][:step - 3]
-    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    run = json.loads((folder / "run.json").read_text())
     assert [(part["step"], part["versions"]) for part in run["resumed"]] == [(5, run["versions"]), (4, run["versions"])]
 
 

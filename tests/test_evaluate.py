@@ -121,21 +121,21 @@ def test_the_class_of_the_largest_score_is_taken_but_a_score_that_is_no_number_i
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("slide, stride", [(32, 20), (32, 32), (50, 7), (9, 4), (64, 0), (32, 0), (200, 0), (0, 0)])
 def test_every_pixel_gets_the_mean_of_the_probabilities_of_the_windows_that_see_it(slide, stride, flip):
-    image = picture()
-    height, width = min(slide or 50, 50), min(slide or 70, 70)
+    rows, columns = (70, 50) if flip else (50, 70)  # a portrait, too
+    image, height, width = picture(rows, columns), min(slide or rows, rows), min(slide or columns, columns)
     step = stride or max(1, slide * 2 // 3)
 
     def starts(length, window):  # the last window ends at the border
         return sorted({*range(0, length - window + 1, step), length - window})
 
-    total, seen = np.zeros((3, 50, 70)), np.zeros((50, 70))
-    for top in starts(50, height):
-        for left in starts(70, width):
+    total, seen = np.zeros((3, rows, columns)), np.zeros((rows, columns))
+    for top in starts(rows, height):
+        for left in starts(columns, width):
             window = image[None, :, top:top + height, left:left + width]
             views = [by_window(window)] + ([by_window(window.flip(3)).flip(3)] if flip else [])
             total[:, top:top + height, left:left + width] += sum(view[0].double().exp().numpy() for view in views)
             seen[top:top + height, left:left + width] += len(views)
-    for size in ((50, 70), (250, 350)):  # enlarged, the scale of the probabilities shows, too
+    for size in ((rows, columns), (5 * rows, 5 * columns)):  # enlarged, the scale of the probabilities shows, too
         want = F.interpolate(torch.from_numpy(total / seen)[None], size=size, mode="bilinear")[0].numpy()
         clear = np.diff(np.sort(want, 0)[-2:], axis=0)[0] > 1e-5
         pred = predict(by_window, image, size, slide=slide, slide_stride=stride, flip=flip)
@@ -330,8 +330,7 @@ def test_a_second_runs_scores_are_shown_beside_if_they_were_taken_in_the_same_wa
 
 def test_mistakes_of_the_user_end_in_one_sentence(run, tmp_path):
     for words, reason in (
-        ((tmp_path / "nowhere",), "nowhere/last.pt does not exist"),
-        ((run[0], "--targets", "kitti"), "kitti.*choose from.*cityscapes"),
+        ((tmp_path / "nowhere",), "nowhere/last.pt does not exist"), ((run[0], "--targets", "kitti"), "kitti.*choose from.*cityscapes"),
         ((run[0], "--targets", "acdc"), "acdc.*rgb_anon"),
         ((run[0], "--data-root", tmp_path / "gone"), "gone"), ((run[0], "--device", "abacus"), "--device abacus"),
         ((run[0], "--slide", 32, "--slide-stride", 64), "--slide-stride 64"), (("--flip",), "[Gg]ive the folder"),
