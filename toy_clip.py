@@ -79,7 +79,7 @@ def _crops(rng, scene, image, count, share=SHARES):
     """
     cls, obj, pad = scene.column(0), scene.column(2), REACH // 2
     ground = np.pad(cls, pad, constant_values=toy.VOID)
-    canvas = ImageOps.expand(Image.fromarray(image), pad, tuple(round(255 * mean) for mean in CLIP_MEAN))  # to be zero
+    canvas = ImageOps.expand(Image.fromarray(image), pad, tuple(round(255 * mean) for mean in CLIP_MEAN))  # later 0
     present = np.flatnonzero(np.bincount(cls.ravel(), minlength=256)[:19] >= 8)
     weight = np.isin(present, RARE) + 1
     subjects = rng.choice(present, count, p=weight / weight.sum())
