@@ -12,8 +12,8 @@ next. So any number of workers, processes or restarts yields the same samples, a
              the label and mapped back to the original pixels; that box alone is decoded, resized once and jittered.
 
 Shapes
-    image    (H, W, 3) uint8   as stored               ->  (3, crop, crop) float32, normalised as CLIP's were
-    label    (H, W) uint8      train ids, 255 = void   ->  (crop, crop) int64
+    image    (H, W, 3) uint8   as stored               ->  (3, crop, crop) uint8, to be normalised on the device
+    label    (H, W) uint8      train ids, 255 = void   ->  (crop, crop) uint8
 
 Not here: the drawn world behind the toy-* names (toy.py), batches (train.py), the score (evaluate.py).
 Run `python data.py` for a demonstration in seconds; `python data.py --check gta5 --data-root D` tests your own files.
@@ -275,10 +275,17 @@ def check_pairs(items, sample=32, mapillary="A"):
 
 
 def to_tensor(image):
-    """(H, W, 3) uint8 -> (3, H, W) float32, normalised as CLIP's training images were."""
+    """A picture (H, W, 3) uint8 -> (3, H, W) float32, normalised."""
     import torch  # here and not above: --help and --check do without it and need not wait for it
-    mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-    return torch.from_numpy(image.transpose(2, 0, 1).copy()).float().sub_(mean).div_(std)
+    return normalise(torch.from_numpy(image.transpose(2, 0, 1).copy()))
+
+
+def normalise(image):
+    """(..., 3, H, W) uint8 on any device -> float32, normalised as CLIP's training images were. A batch travels from the
+    loader to the device as bytes, which are a quarter of the floats, and is normalised there."""
+    image = image.float()
+    mean, std = (255 * image.new_tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    return (image - mean) / std
 
 
 @functools.lru_cache(maxsize=512)
@@ -459,7 +466,7 @@ class TrainingStream:
             item, rng = self.sources[source][index], np.random.default_rng([self.seed, 1, n])
             try:
                 image, label = training_view(item, self.crop, rng, self.mapillary, self.augment)
-                return to_tensor(image), torch.from_numpy(label.astype(np.int64))
+                return torch.from_numpy(image.transpose(2, 0, 1).copy()), torch.from_numpy(label)
             except UserError as problem:
                 if not self._named[source, index]:
                     self._named[source, index] = 1

@@ -305,9 +305,11 @@ def test_blur_happens_in_half_of_the_views_and_keeps_the_mean():
 def test_without_augmentation_a_view_is_a_window_of_the_stored_picture_normalised_as_clips(tmp_path):
     items, pairs = written(tmp_path, n=1, size=(60, 80))
     image, label = data.TrainingStream([items], (60, 80), 0, augment=False)[11]
+    assert image.is_contiguous() and (image.permute(1, 2, 0).numpy() == paint(pairs[0][2])).all()
+    assert torch.equal(data.normalise(torch.stack([image, image]))[1], data.to_tensor(paint(pairs[0][2])))
     mean, std = np.array([(.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)])
-    assert np.allclose(image.permute(1, 2, 0), (paint(pairs[0][2]) / 255 - mean) / std, atol=1e-5)
-    assert (label.numpy() == pairs[0][2]).all() and image.is_contiguous()
+    assert np.allclose(data.normalise(image).permute(1, 2, 0), (paint(pairs[0][2]) / 255 - mean) / std, atol=1e-5)
+    assert (label.numpy() == pairs[0][2]).all()
 
 
 # ------------------------------------------------------------------------------------------------------------- stream
@@ -334,7 +336,7 @@ def test_samples_are_the_same_for_any_number_of_workers_and_any_start_and_draw_n
     states = [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
     whole = [data.TrainingStream(sources, 32, seed=5)[n] for n in range(12)]
     assert states == [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
-    assert whole[0][0].dtype == torch.float32 and whole[0][1].dtype == torch.int64 and whole[0][0].shape == (3, 32, 32)
+    assert whole[0][0].dtype == whole[0][1].dtype == torch.uint8 and whole[0][0].shape == (3, 32, 32)
     assert same(whole, sampled(range(12))) and same(whole, sampled(range(12), workers=2))
     assert same(whole[8:], sampled(range(8, 12), workers=1))
     assert same(whole, sampled(range(11, -1, -1))[::-1]) and same(sampled([10 ** 7]), sampled([10 ** 7]))
