@@ -200,7 +200,7 @@ def open_network(config, stream, state, rank, device, layout):
     if state:
         checkpoint.load_weights(module, state, config.out)
     elif config.prototypes == "source":
-        looks = (ppar.look(module, *stream[n]) for n in range(32 * config.batch))
+        looks = (ppar.look(module, data.normalise(x), y) for x, y in map(stream.__getitem__, range(32 * config.batch)))
         module.otp.copy_(prototypes.source_mean_prototypes(((out.emb, grid) for out, _, grid in looks), module.otp))
     if rank == 0:
         print(report)
@@ -318,7 +318,7 @@ def train(config, state, rank, processes, device):
         if state is None:
             checkpoint.save(module, optimizer, config, 0, rank)  # a full disk shows now; --resume works from the first step on
         for step, (image, label) in zip(range(start, config.steps), loader):
-            image, label = image.to(device, non_blocking=True), label.to(device, non_blocking=True)
+            image, label = data.normalise(image.to(device, non_blocking=True)), label.to(device, non_blocking=True).long()
             rate = learning_rate(step, config.steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate

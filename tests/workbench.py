@@ -52,7 +52,8 @@ def configured(world, *flags):
 def one_batch(config, world, step=0):
     stream = data.TrainingStream([data.list_items("gta5", str(world["root"]), "train")], config.crop, config.seed)
     pairs = [stream[step * config.batch + i] for i in range(config.batch)]
-    return tuple(torch.stack(part) for part in zip(*pairs))
+    image, label = (torch.stack(part) for part in zip(*pairs))
+    return data.normalise(image), label.long()
 
 
 def one_step(config, image, label, step, module=None):
