@@ -99,9 +99,9 @@ def pad(image, multiple):
 
 def _neighbour(x, dim, n):
     """At each cell what stands n cells further on along dim (n < 0: before it); beyond the border, the border's cell."""
-    before, after = [x.narrow(dim, 0, 1)] * -n, [x.narrow(dim, -1, 1)] * n  # a list times a negative number is empty
-    x = x.narrow(dim, max(n, 0), x.shape[dim] - abs(n))
-    return torch.cat([*before, x, *after], dim)  # not by F.pad, whose replication torch 2.15 cannot compile in this place
+    parts = [x.narrow(dim, 0, 1)] * -n  # a list times a negative number is empty
+    parts += [x.narrow(dim, max(n, 0), x.shape[dim] - abs(n))] + [x.narrow(dim, -1, 1)] * n
+    return torch.cat(parts, dim)  # not by F.pad, whose replication torch 2.15 cannot compile in this place
 
 
 class _PoolWithoutStride(nn.Module):
