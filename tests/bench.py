@@ -1,7 +1,7 @@
 """bench.py: the speed and memory that the README's table states, printed by one command.
 
     python tests/bench.py                    all of it, about ten minutes on two cores
-    python tests/bench.py step item          some of it: help count item step loader memory linear
+    python tests/bench.py step item          some of it: help item step loader memory linear
 
 Times are medians of interleaved repetitions (A B A B ...), so that a machine that slows down slows both; what is worth
 quoting is the ratio. Nothing here is a test: a busy machine must not fail a build. Weights are random, of CLIP RN50's shape:
@@ -36,7 +36,7 @@ import ppar
 import prototypes
 import train
 
-PARTS = ("help", "count", "item", "step", "loader", "memory", "linear")
+PARTS = ("help", "item", "step", "loader", "memory", "linear")
 
 
 def interleaved(functions, repeats):
@@ -88,22 +88,6 @@ def bench_help():
                                                                 capture_output=True) for name in ("train.py", "evaluate.py")}, 5)
     for name, seconds in times.items():
         print(f"{name} --help: {seconds:.2f} s")
-
-
-def bench_count():
-    rng = np.random.default_rng(0)
-    label = np.array([*range(19), 255], np.uint8)[rng.integers(0, 20, (1024, 2048))]
-    pred = rng.integers(0, 19, (1024, 2048)).astype(np.uint8)
-    p, t = torch.from_numpy(pred).long(), torch.from_numpy(label).long()
-
-    def masked():
-        keep = t != 255
-        return torch.bincount(19 * t[keep] + p[keep], minlength=361).view(19, 19)
-
-    assert torch.equal(masked(), evaluate.confusion_matrix(pred, label, 19))
-    times = interleaved({"ours": lambda: evaluate.confusion_matrix(pred, label, 19), "masked": masked}, 11)
-    print(f"confusion matrix of 2 megapixels: {1000 * times['ours']:.1f} ms; masked torch.bincount takes "
-          f"{times['masked'] / times['ours']:.1f} times as long")
 
 
 def gta5_sized(folder, pairs=2):
