@@ -3,8 +3,7 @@
     python results/bound_table.py            measure every run under runs/ablation that has no bound.json yet, then write
     python results/bound_table.py --table    only write, from the bound.json files that are there
 
-results/ablate.py makes the runs. Oracles are left out, their source is another one; zero-shot too, nothing is trained; and the
-runs on toy-dev alone.
+results/ablate.py makes the runs. Its row `clip` is left out: nothing is trained there.
 """
 
 import argparse
@@ -98,8 +97,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     store = json.loads(STORE.read_text()) if STORE.exists() else {}
-    folders = [f for f in sorted(RUNS.glob("*-seed*"))
-               if not f.name.startswith(("oracle", "zero-shot", "dev")) and (f / "results.json").exists()
+    folders = [f for f in sorted(RUNS.glob("*-seed*")) if not f.name.startswith("clip-") and (f / "results.json").exists()
                and (not args.rows or f.name.rsplit("-seed", 1)[0] in args.rows)]
     if not args.table:
         with ThreadPoolExecutor(args.jobs) as pool:
