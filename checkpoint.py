@@ -94,9 +94,12 @@ def describe(config):
         words = "git describe --always --exclude=* --abbrev=40 --dirty".split()  # the whole hash, and "-dirty" after a change
         commit = subprocess.check_output(words, cwd=Path(__file__).resolve().parent, text=True, stderr=subprocess.DEVNULL).strip()
     versions = {name: metadata.version(name) for name in ("torch", "torchvision", "numpy", "pillow", "clip-anytorch")}
+    device = choose_device(config.device)
+    machine = dict(threads=torch.get_num_threads(), processes=int(os.environ.get("WORLD_SIZE", 1)), cuda=torch.version.cuda,
+                   device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
     return dict(command=" ".join(["python", *sys.argv]), config=vars(config), clip_sha256=digest,
                 versions=dict(python=sys.version.split()[0], **versions), commit=commit and commit.removesuffix("-dirty"),
-                changed_since_commit=commit and commit.endswith("-dirty"), threads=torch.get_num_threads())
+                changed_since_commit=commit and commit.endswith("-dirty"), precision=precision(config.amp, device)[0], **machine)
 
 
 # ----------------------------------------------------------------------------------------------------------- checkpoints
@@ -226,14 +229,18 @@ def choose_device(name=None):
 
 
 def precision(amp, device):
-    """(whether bf16 is used, autocast context). bfloat16 has float32's range: no loss scaling, and no overflow to NaN."""
+    """(name of the precision, autocast context, memory layout), the same in training and evaluation.
+
+    bfloat16 has float32's range: no loss scaling, and no overflow to NaN. The layout is what fast convolutions read.
+    """
     import torch
     if device.type == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # without bf16 arithmetic, a processor emulates it, slower than float32
         able = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
     bf16 = amp == "bf16" or (amp == "auto" and able)
-    return bf16, lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+    layout = torch.channels_last if bf16 or device.type == "cuda" else torch.contiguous_format
+    return "bf16" if bf16 else "fp32", lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16), layout
 
 
 def outlive_signals(worker):

@@ -109,11 +109,15 @@ def mean_iou(conf):
 
 def make_scorer(module, config):
     """score(image (B, 3, H, W), any size) -> log-probabilities (B, K, H, W), from a ppar.PPAR and its flags."""
+    _, autocast, layout = checkpoint.precision(config.amp, module.otp.device)
+    net = module.net.to(memory_format=layout)
 
     @torch.no_grad()
     def score(image):
-        padded = pad(image, module.net.encoder.multiple)
-        logits = ppar.prediction(module.net(padded), module.otp, config)
+        padded = pad(image, net.encoder.multiple).contiguous(memory_format=layout)
+        with autocast():
+            out = net(padded)
+        logits = ppar.prediction(out, module.otp, config)
         logits = F.interpolate(logits, size=padded.shape[2:], mode="bilinear", align_corners=False)
         return logits[..., :image.shape[2], :image.shape[3]].log_softmax(1)
 

@@ -18,8 +18,6 @@ make the file again (minutes).
 
 import argparse
 import functools
-import io
-import zipfile
 
 import clip
 import numpy as np
@@ -167,7 +165,7 @@ def train_clip(out, steps, seed, styles):
 
 
 def _save(net, used, out):
-    """A state dict in half precision, as OpenAI's; packed with deflate, since most rows of its token table are zero."""
+    """A state dict in half precision, as OpenAI's."""
     state = {k: v.detach().clone() for k, v in net.state_dict().items()}
     table = torch.zeros(49408, 64)  # of CLIP's tokens; zero: never trained
     state["token_embedding.weight"] = table.index_copy(0, used, state["token_embedding.weight"])
@@ -178,11 +176,7 @@ def _save(net, used, out):
     for name in ("q", "k", "v"):
         state[f"visual.attnpool.{name}_proj.bias"] += state[f"visual.attnpool.{name}_proj.weight"] @ middle
     code -= middle
-    raw = io.BytesIO()
-    torch.save({k: v.half() if v.is_floating_point() else v for k, v in state.items()}, raw)
-    with zipfile.ZipFile(raw) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
-        for entry in old.infolist():
-            new.writestr(zipfile.ZipInfo(entry.filename), old.read(entry), zipfile.ZIP_DEFLATED)
+    torch.save({k: v.half() if v.is_floating_point() else v for k, v in state.items()}, out)
 
 
 @torch.no_grad()

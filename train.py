@@ -294,8 +294,7 @@ def train(config, state, rank, processes, device):
         raise UserError(f"--batch {config.batch} cannot be split over {processes} processes: give a multiple.")
     start = state["step"] if state else 0
     stream = open_data(config, state)
-    bf16, autocast = checkpoint.precision(config.amp, device)
-    layout = torch.channels_last if bf16 or device.type == "cuda" else torch.contiguous_format  # what fast convolutions read
+    _, autocast, layout = checkpoint.precision(config.amp, device)
     module = open_network(config, stream, state, rank, device, layout)
     if rank == 0:
         checkpoint.open_folder(config, start if state else None)

@@ -59,12 +59,10 @@ def rn50(method, amp="fp32", crop=512, batch=2):
     original = None if method == "erm" else copy.deepcopy(net.encoder).requires_grad_(False)  # which Eq. 2 asks
     net.encoder.freeze(config.freeze)
     module = ppar.PPAR(net, prototypes.random_prototypes(19, 1024), original).train()
-    bf16, autocast = checkpoint.precision(config.amp, torch.device("cpu"))
+    _, autocast, layout = checkpoint.precision(config.amp, torch.device("cpu"))
     image = torch.randn(batch, 3, crop, crop)
     label = torch.randint(0, len(data.CLASSES), (batch, crop // 32, crop // 32)).repeat_interleave(32, 1).repeat_interleave(32, 2)
-    if bf16:
-        module.to(memory_format=torch.channels_last)
-        image = image.contiguous(memory_format=torch.channels_last)
+    module, image = module.to(memory_format=layout), image.contiguous(memory_format=layout)
     return module, config, a_step(module, config, image, label, autocast)
 
 

@@ -72,7 +72,7 @@ def test_moments_from_another_memory_layout_belong_to_the_same_weights(saved, no
 
 def test_a_folder_takes_one_run_and_its_log_goes_back_to_the_step_of_the_checkpoint(tmp_path):
     folder = tmp_path / "runs" / "run"
-    config, log = SimpleNamespace(clip="toy", out=str(folder)), folder / "log.jsonl"
+    config, log = SimpleNamespace(clip="toy", device="cpu", amp="fp32", out=str(folder)), folder / "log.jsonl"
     checkpoint.open_folder(config)
     log.write_text('{"step": 1}\n')
     checkpoint.open_folder(config)  # nothing was saved: it can be used again
@@ -95,7 +95,8 @@ def test_a_run_is_described_with_git_and_without(git, commit, changed, run, tmp_
         (tmp_path / "git").write_text(f"#!/bin/sh\n{git}\n")
         (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    told = checkpoint.describe(SimpleNamespace(clip=str(run[0] / "last.pt")))
+    told = checkpoint.describe(SimpleNamespace(clip=str(run[0] / "last.pt"), device="cpu", amp="bf16"))
+    assert (told["device"], told["precision"], told["processes"]) == ("cpu", "bf16", 1)
     assert (told["commit"], told["changed_since_commit"]) == (commit, changed)
     assert told["clip_sha256"] == hashlib.sha256((run[0] / "last.pt").read_bytes()).hexdigest()
     assert told["versions"]["python"] == platform.python_version() and torch.__version__.startswith(told["versions"]["torch"])
@@ -196,9 +197,9 @@ def test_auto_precision_asks_the_processor(monkeypatch):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
         for amp, used in (("auto", able and capability == "AVX512"), ("bf16", True), ("fp32", False)):
-            bf16, autocast = checkpoint.precision(amp, CPU)
+            name, autocast, layout = checkpoint.precision(amp, CPU)
             with autocast():
-                assert bf16 == torch.is_autocast_enabled("cpu") == used
+                assert (name == "bf16") == (layout == torch.channels_last) == torch.is_autocast_enabled("cpu") == used
 
 
 def test_the_doors_of_a_run_share_their_flags(run, tmp_path):

@@ -85,4 +85,4 @@ def small_net(kind="resnet", seed=0):
 
 def scorer(net, otp, beta=0.0):
     """evaluate.make_scorer at tau 0.07."""
-    return evaluate.make_scorer(ppar.PPAR(net, otp), SimpleNamespace(tau=0.07, text_weight=beta))
+    return evaluate.make_scorer(ppar.PPAR(net, otp), SimpleNamespace(tau=0.07, text_weight=beta, amp="fp32"))
