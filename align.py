@@ -47,7 +47,7 @@ def cosine_similarity_map(emb, prototypes):
 
 
 def labels_on_grid(label, emb):
-    """The label at the centre of each cell: (B, H, W) -> (B, h, w), for emb (B, D, h, w) and H, W multiples of h, w."""
+    """The label (or weight) at the centre of each cell: (B, H, W) -> (B, h, w), for emb (B, D, h, w) and H, W multiples of h, w."""
     row, col = label.shape[1] // emb.shape[2], label.shape[2] // emb.shape[3]
     return label[:, row // 2::row, col // 2::col]
 
@@ -78,19 +78,19 @@ def alignment_loss(emb, label, prototypes, tau, weight=None):
 
 
 def progress(step, steps, start, end):
-    """The ramp, a float in [0, 1]: 0 until the fraction `start` of the run, 1 from the fraction `end` on.
+    """The ramp r, a float in [0, 1]: 0 until the fraction `start` of the run, 1 from the fraction `end` on (else ValueError).
 
     # our reading: half a cosine between them. It has no jump and no kink for the optimiser's momentum to trip over,
     and it depends on step / steps alone, so a resumed run sees the schedule of the uninterrupted one.
     """
-    if not 0 <= start < end:
-        raise ValueError(f"progress needs 0 <= start < end, not start {start}, end {end}")
+    if not 0 <= start < end <= 1:
+        raise ValueError(f"progress needs 0 <= start < end <= 1, not start {start}, end {end}")
     x = (step / steps - start) / (end - start)
     return 0.5 * (1 - math.cos(math.pi * min(max(x, 0.0), 1.0)))
 
 
 # our reading: "from easy to difficult" is read as OTP first, VTP last, for all pixels together. By the loss, which is what
-# training feels, the OTP is the easier goal: the VTPs of one image lie closer together. (By distance the VTP is nearer.)
+# training feels, the OTP is the easier goal, though by distance the VTP is the nearer one: see curves.png of any run.
 # Each schedule maps the ramp r = progress(...) to lambda, the share of the OTP in Eq. 4.
 SCHEDULES = {
     "progressive": lambda r: 1 - r,  # from OTP to VTP

@@ -204,11 +204,11 @@ class DenseCLIP(nn.Module):
         feat = v.layer4(v.layer3(v.layer2(low)))  # (B, C, h, w)
         # our reading: the abstract does not say how CLIP becomes dense. The value path needs no new weight.
         z = v.attnpool.c_proj(v.attnpool.v_proj(feat.movedim(1, -1))).movedim(-1, 1)  # (B, D, h, w)
-        step = 32 // self.stride  # every step-th cell is one that CLIP itself would have computed
+        step = 32 // self.stride  # before centring, every step-th cell is one that CLIP itself would have computed
         # our reading: centring. Cell j stands for the pixels from stride * j on, but CLIP's weights look at the middle of
         # the 32 pixels that begin there: at stride 8 at pixel 8 j + 16 instead of 8 j + 4, 1.5 cells too far right and
         # below (at 16: half a cell). So cell j is read between cells j - 2 and j - 1 (at 16: j - 1 and j), as the mean of
-        # four neighbours. Without it labels meet the embeddings of neighbours, and nothing fails.
+        # four neighbours. Without it each label meets a neighbour's embedding, and no error tells.
         for dim in (2, 3) if step > 1 else ():
             z = (_neighbour(z, dim, 1 - step // 2) + _neighbour(z, dim, -(step // 2))) / 2
         return low, z
@@ -277,7 +277,7 @@ def _demo():
             out = SegmentationNet(visual, stride=8).eval()(image)
         ours = seen[1][..., ::4, ::4] if seen[1].dim() == 4 else seen[1]  # of a ResNet at stride 8, every fourth cell was CLIP's
         difference = ((ours - seen[0]).abs().max() / seen[0].std()).item()
-        print(f"{type(visual).__name__:17s}  emb {tuple(out.emb.shape)}  largest difference from CLIP's last layer {difference:.1e}")
+        print(f"{type(visual).__name__:17s}  emb {tuple(out.emb.shape)}  off CLIP's last layer by {difference:.1e} of its spread")
         assert difference < 1e-4
 
 

@@ -110,9 +110,9 @@ def learning_weights(out, otp, label, config, ramp):
 
 @torch.no_grad()
 def prediction(out, otp, config):
-    """log p = (1 - beta) logits + beta <z, p^O> / tau + constant, (B, K, H/4, W/4): what decoder and text say together.
+    """log q = (1 - gamma) logits + gamma <z, p^O> / tau + constant, (B, K, H/4, W/4): decoder and text vote.
 
-    # our reading: the abstract does not say how to predict. beta is --text-weight: 0 asks the decoder alone, 1 the text
+    # our reading: the abstract does not say how to predict. gamma is --text-weight: 0 asks the decoder alone, 1 the text
     alone, which on an untrained network is CLIP's zero-shot segmentation.
     """
     logits = out.logits.detach().float()
@@ -141,7 +141,7 @@ def look(ppar, image, label):
 
 
 def _demo():
-    """Two classes, a street whose right third is labelled wrongly: both terms of Eq. 7 at the start, half way and at the end."""
+    """A street whose right third is labelled wrongly. The outputs are fixed: the losses fall because wrong labels lose their weight."""
     otp, truth, label = torch.eye(2, 4), torch.zeros(1, 12, 48, dtype=torch.long), torch.zeros(1, 12, 48, dtype=torch.long)
     truth[:, :, 16:32] = label[:, :, 16:] = 1
     emb = F.normalize(otp[truth[:, 1::4, 1::4]] + torch.tensor([0, 0, 0.3, 0.1]), dim=3).permute(0, 3, 1, 2)  # (1, 4, 3, 12)

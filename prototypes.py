@@ -4,15 +4,15 @@ A prototype is a point of CLIP's joint space that stands for a class. The mean o
 the source's asphalt and the source's sky, and that is what over-fits. CLIP offers points that have seen no pixel of
 any domain, the embeddings of the class names. They are the same for every domain, which makes them a meeting place;
 but text and pixels live in different regions of the joint space. A second prototype for each class is the text
-moved towards what this image shows of the class, and the text itself where it shows nothing.
+moved towards what this image shows of the class: far where it shows much, hardly where it shows nothing.
 
     Eq. 1   OTP   t_cj = E_text(template_j(name_c)),   p^O_c = norm(mean_j norm(t_cj))                     frozen
-    Eq. 2   VTP   p^V_bc = norm((1 - m_bc) p^O_c + m_bc v_bc),     v_bc = norm(sum_i a_bic z_bi)              frozen
-                  a_bic = softmax_c(<z_bi, p^O_c> / tau),   m_bc = beta * s_bc / (s_bc + kappa),   s_bc = mean_i a_bic
+    Eq. 2   VTP   p^V_bc = norm((1 - m_bc) p^O_c + m_bc v_bc),     v_bc = norm(sum_i a_bic zbar_bi)           frozen
+                  a_bic = softmax_c(<zbar_bi, p^O_c> / tau),   m_bc = beta * s_bc / (s_bc + kappa),   s_bc = mean_i a_bic
 
 Shapes
     otp     (K, D)          unit rows
-    emb     (B, D, h, w)    dense embedding of an image by CLIP as it came; z_bi is its direction at cell i
+    emb     (B, D, h, w)    dense embedding of an image by CLIP as it came; zbar_bi is its direction at cell i
     vtp     (B, K, D)       unit rows, one set per image
 
 Not here: what pixels do with the prototypes (align.py), how far each pixel is believed (reweight.py).

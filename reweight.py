@@ -1,4 +1,4 @@
-"""reweight.py: trust a source pixel as far as prediction and prototypes, asked about its surroundings, trust its label.
+"""reweight.py: a source label loses its weight where the network doubts it, and most of the labels around it.
 
 Not every source pixel teaches something that holds elsewhere. Some are labelled wrongly, some show what occurs in the
 source alone, and fitting them hard is negative transfer. A second opinion tells who they are: what the network says of
@@ -8,14 +8,14 @@ A label that is doubted is not yet a wrong one. Thin poles, borders and rare cla
 labels teach most. But they are doubted pixel by pixel, amid surroundings that are believed, where wrong labels come
 in regions: whole polygons, whole objects, whole frames. So a pixel loses its weight where its place is doubted with it.
 
-    Eq. 5   omega_i = p_i[y_i] / max_c p_i[c]                          reliability, in [0, 1]: 1 where the label is foremost
+    Eq. 5   omega_i = q_i[y_i] / max_c q_i[c]                          reliability, in [0, 1]: 1 where the label is foremost
             R_i = mean of omega over the labelled pixels around i      reliability of the place
-    Eq. 6   w_i = 1 - ramp * [omega_i < pixel and R_i < place]         learning weight, in [0, 1]
+    Eq. 6   w_i = 1 - ramp * [omega_i < 0.2 and R_i < 0.5]             learning weight, in [0, 1]
 
-p_i are the probabilities of the classes at pixel i (ppar.py makes them of the decoder and of the OTP), y_i its label.
+q_i are the probabilities of the classes at pixel i (ppar.py makes them of the decoder and of the OTP), y_i its label.
 
 Shapes
-    logits   (B, K, h, w)       log p, up to a constant for each pixel; on the grid of the label, or on a coarser one
+    logits   (B, K, h, w)       log q, up to a constant for each pixel; on the grid of the label, or on a coarser one
     label    (B, H, W) int64    0 .. K-1, 255 = void
     omega    (B, H, W)          in [0, 1], 0 on void
     weight   (B, H, W)          w, in [0, 1], 0 on void, no gradient
@@ -32,12 +32,12 @@ VOID = 255  # the train id of pixels without a class: in no loss and in no mean
 
 @torch.no_grad()
 def reliability(logits, label):
-    """Eq. 5: how far behind the foremost class the label is, p[y] / max p, (B, H, W) in [0, 1], 0 on void.
+    """Eq. 5: the label's probability over the largest one, q[y] / max q, (B, H, W) in [0, 1], 0 on void.
 
-    # our reading: the abstract says that reliability is estimated, and not how. Beside p[y] itself, the ratio does not
+    # our reading: the abstract says that reliability is estimated, and not how. Beside q[y] itself, the ratio does not
     punish a pixel that is merely hard: where several classes are likely, the label's omega is high as long as it is
     one of them. It is small only where another class is named *instead*.
-    Each pixel of the label asks the cell of logits that it lies in: no (B, K, H, W) tensor is ever made.
+    Each pixel of the label asks the pixel of logits that it lies in: no (B, K, H, W) tensor is ever made.
     """
     ratio = (logits.float() - logits.float().amax(dim=1, keepdim=True)).exp()  # (B, K, h, w)
     (h, w), (height, width) = logits.shape[2:], label.shape[1:]
@@ -52,7 +52,7 @@ def reliability(logits, label):
 def place_reliability(omega, label, side):
     """R of Eq. 5: the mean omega of the labelled pixels in a window of `side` (odd) pixels around each, (B, H, W).
 
-    # our reading: who is doubted alone is hard, who is doubted among doubted is wrong.
+    # our reading: a pixel doubted alone is hard, one in a doubted region is labelled wrongly.
     """
     valid = (label != VOID).double()
     both = torch.stack([omega * valid, valid], dim=1)  # (B, 2, H, W)

@@ -9,7 +9,7 @@
 Read ppar.py first: it holds the network and the loss of a step. Here is what a run needs around it: Config (every flag,
 and its presets), set-up (processes, data, network, optimiser), one step, the loop.
 
-No target image is read before the last step: only the names of the files are listed, to say early that a folder is
+No target image is read before training has ended: only the names of the files are listed, to say early that a folder is
 missing. The network that is evaluated is the last one, never the best one.
 
 Not here: the loss (ppar.py), the files of a run (checkpoint.py), the score (evaluate.py).
@@ -58,7 +58,7 @@ class Config:
                         choices=("progressive", "reversed", "otp", "vtp", "both", "none"))
     w_align: float = option(1.0, "weight of L_align in Eq. 7", POSITIVE)
     tau: float = option(0.07, "temperature of Eq. 2, 3 and of the text score", POSITIVE)
-    ramp: tuple[float, ...] = option((0.05, 0.3), "fractions of the run between which lambda (Eq. 4) falls and ramp (Eq. 6) rises", RAMP)
+    ramp: tuple[float, ...] = option((0.05, 0.3), "fractions of the run between which the ramp of Eq. 4 and 6 rises from 0 to 1", RAMP)
     reweight: bool = option(True, "learning weights of Eq. 6")
     balance: float = option(0.5, "not of the paper: weights times n_c^-balance, n_c the weight of the class in the batch", SHARE)
     text_weight: float = option(0.5, "share of the text score <z, OTP> / tau in the prediction", SHARE)
@@ -94,7 +94,7 @@ PRESETS = {
 }
 # What --method erm switches off. All else stays, at the same seed to the bit: data, initial weights, optimiser.
 ERM = dict(align="none", reweight=False, text_weight=0.0)
-# What may differ between a run and its continuation. None of it changes a weight, but a device rounds in its own way.
+# What may differ between a run and its continuation. None changes a weight, beyond a device's own rounding.
 MAY_CHANGE_ON_RESUME = {"device", "workers", "save_every", "data_root", "figures"}
 LOG_EVERY = 10  # steps between rows of log.jsonl
 
@@ -221,7 +221,7 @@ def make_optimizer(module, config):
 
 
 def learning_rate(step, steps, warmup=0.05):
-    """Factor on the learning rate: a linear warm-up over a share of the run, then polynomial decay of power 0.9. Pure."""
+    """Factor on the learning rate: a linear warm-up over a share of the run, then polynomial decay of power 0.9."""
     first = max(int(warmup * steps), 1)
     return (step + 1) / first if step < first else (1 - (step - first) / max(steps - first, 1)) ** 0.9
 
@@ -366,12 +366,12 @@ def continue_run(given):
 
 
 def closing_words(config, results):
-    """For the drawn world, the best committed rival at its default flags; for every run, the next command to try."""
+    """For the drawn world, the committed baseline that votes; for every run, the next command to try."""
     committed = Path(__file__).resolve().parent / "results" / "toy.csv"
     table = list(csv.DictReader(committed.read_text().splitlines())) if committed.is_file() else []
     if rows := [row for row in table if row["row"] == "vote" and set(results["targets"]) <= set(row)]:
-        means = {name: sum(float(row[name]) for row in rows) / len(rows) for name in [*results["targets"], "unseen"]}
-        print(f"the baseline that votes with the text score (--align none --no-reweight; {len(rows)} seeds, from results/toy.csv): "
+        means = {name: sum(float(row[name]) for row in rows) / len(rows) for name in results["targets"]}
+        print(f"the baseline that votes (--align none --no-reweight, 400 steps; mean of {len(rows)} seeds, from results/toy.csv): "
               + ", ".join(f"{name.removeprefix('toy-')} {mean:.1f}" for name, mean in means.items()))
     print(f"next: every term of the theorem, `python bound.py {config.out}`; with a second run (such as the baseline: the same "
           f"flags, `--method erm --out OTHER`), both predictions, `python figures.py {config.out} --compare OTHER`")

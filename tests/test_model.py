@@ -337,4 +337,4 @@ def test_no_tensor_stays_on_the_cpu_when_the_network_is_on_another_device(kind, 
 
 def test_the_demonstration_of_model_runs(capsys):
     model._demo()
-    assert "largest difference from CLIP's last layer" in capsys.readouterr().out
+    assert "off CLIP's last layer by" in capsys.readouterr().out
