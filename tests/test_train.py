@@ -241,6 +241,13 @@ def test_every_method_starts_from_the_same_network_and_sees_the_same_batches_and
     assert difference(full[0], seed[0]) is not None
 
 
+def test_source_means_are_over_the_crops_of_the_first_32_batches(world, monkeypatch):
+    config, seen, real = configured(world, "--prototypes", "source"), [], data.TrainingStream.__getitem__
+    monkeypatch.setattr(data.TrainingStream, "__getitem__", lambda self, n: seen.append(n) or real(self, n))
+    train.open_network(config, train.open_data(config, None), None, 0, CPU, torch.contiguous_format)
+    assert seen == list(range(32 * config.batch))
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -454,7 +461,8 @@ def test_the_presets_are_what_the_documents_say():
     undecided = {f.name for f in dataclasses.fields(train.Config) if f.default is None} - {"out", "resume", "device"}
     assert all(set(preset) == undecided for preset in train.PRESETS.values())
     given = train.configure(train.parse("--steps 7 --harmful 0".split()))  # a flag that is given beats the preset
-    assert (given.steps, given.harmful) == (7, 0) and len(vars(given)) <= 34
+    assert (given.steps, given.harmful) == (7, 0) and train.configure(dict(crop=32)).crop == 32
+    assert train.CORES == len(os.sched_getaffinity(0)) and train.LOADERS == min(16, train.CORES)
 
 
 def test_erm_is_the_method_with_every_switch_off_and_nothing_else():
