@@ -33,9 +33,7 @@ from types import SimpleNamespace
 from data import UserError
 
 Run = namedtuple("Run", "ppar config step path")  # a trained PPAR module, its flags as a namespace, its step, its folder
-
-
-# ---------------------------------------------------------------------------------------------------------------- files
+FLAGS = set("source targets data_root mapillary holdout harmful clip tau text_weight amp seed steps method".split())  # of any run
 
 
 def write_atomically(path, write):
@@ -74,13 +72,22 @@ def open_folder(config, step=None):
         folder.mkdir(parents=True, exist_ok=True)
         log.unlink(missing_ok=True)
         return write_json(told, now)
-    with contextlib.suppress(FileNotFoundError, ValueError):
+    with contextlib.suppress(FileNotFoundError, ValueError, AttributeError):  # none, or none of ours
         run = json.loads(told.read_text(encoding="utf-8"))
         write_json(told, run | dict(resumed=[*run.get("resumed", []), dict(now, step=step)]))
-    with contextlib.suppress(FileNotFoundError):
-        rows = log.read_text(encoding="utf-8").splitlines(keepends=True)
-        rows = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
+    if log.exists():
+        rows = [json.dumps(row) + "\n" for row in read_log(folder) if row["step"] <= step]
         write_atomically(log, lambda file: file.write("".join(rows).encode()))
+
+
+def read_log(folder):
+    """The rows of log.jsonl, [] if there is none; a row that a crash left in pieces is none."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError), open(Path(folder) / "log.jsonl", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 def describe(config):
@@ -102,15 +109,12 @@ def describe(config):
                 changed_since_commit=commit and commit.endswith("-dirty"), precision=precision(config.amp, device)[0], **machine)
 
 
-# ----------------------------------------------------------------------------------------------------------- checkpoints
-
-
 def save(ppar, optimizer, config, step, rank=0):
     """Write last.pt, in the first process alone. Weights that are not finite are refused: the file is always one to go on with."""
     import torch
     if not all(torch.isfinite(t).all() for t in ppar.state_dict().values() if t.is_floating_point()):
         raise UserError(f"the weights are not finite after step {step}: the last good checkpoint stays in {config.out}; "
-                        f"lower --lr, or look at the data (python data.py --check).")
+                        f"start anew with a lower --lr, or look at the data (python data.py --check).")
     if rank == 0:
         content = dict(model=ppar.net.state_dict(), clip=ppar.clip and ppar.clip.state_dict(), otp=ppar.otp, arch=ppar.net.arch,
                        optimizer=optimizer.state_dict(), step=step, config=vars(config))
@@ -137,7 +141,7 @@ def read(folder):
         raise UserError(f"{file} is no checkpoint that can be read ({type(error).__name__}): it is damaged or "
                         f"was not written by train.py; nothing in it was executed.") from None
     if missing:
-        raise UserError(f"{file} was not written by train.py: it has no {', '.join(sorted(missing))}.")
+        raise UserError(f"{file} was not written by train.py as it is now: it has no {', '.join(sorted(missing))}.")
     return state
 
 
@@ -154,7 +158,7 @@ def load_weights(ppar, state, folder):
     """The weights of a checkpoint into a PPAR of the same shape, strictly."""
     with refuse_misfit(folder):
         ppar.net.load_state_dict(state["model"])
-        ppar.otp.copy_(state["otp"])
+        ppar.load_state_dict({"otp": state["otp"]}, strict=False)  # false: net and clip have lines of their own; shapes are checked
         if ppar.clip is not None:
             ppar.clip.load_state_dict(state["clip"])
 
@@ -181,13 +185,12 @@ def load_run(folder, device="cpu"):
     with refuse_misfit(folder):
         net, clip = (SegmentationNet.from_arch(state["arch"]) for _ in range(2))
         config = SimpleNamespace(**state["config"])
-        ppar = PPAR(net, torch.empty_like(state["otp"]), clip.encoder if state["clip"] else None, config.tau)
+        if missing := FLAGS - set(vars(config)):
+            raise KeyError(f"without the flags {', '.join(sorted(missing))}")
+        ppar = PPAR(net, torch.empty(state["arch"]["num_classes"], net.encoder.dim), clip.encoder if state["clip"] else None, config.tau)
         step = int(state["step"])
     load_weights(ppar, state, folder)
     return Run(ppar.eval().requires_grad_(False).to(device), config, step, Path(folder))
-
-
-# ----------------------------------------------------------------------------------------- what all front doors share
 
 
 def run_flags(description):
@@ -264,9 +267,11 @@ def catch_signals():
             os.kill(os.getpid(), number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield received
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

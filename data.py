@@ -202,7 +202,7 @@ def _list(name, root, split, holdout=0, harmful=0.0):
     if not withhold or not items:
         return items, problems
     if not holdout:
-        return None, [f"{name} has no val split on disk: give --holdout N to withhold N training pairs."]
+        return None, [f"{name} has no val split on disk: give --holdout N (of a source, when it is trained on) to withhold N pairs."]
     held = {int((i + 0.5) * len(items) / holdout) for i in range(holdout)}
     chosen = [item for i, item in enumerate(items) if (i in held) == (split == "val")]
     require(chosen, f"{name}: --holdout {holdout} of {len(items)} pairs leaves no {split} split: change it.")

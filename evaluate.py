@@ -7,10 +7,10 @@ pixels, and memory does not grow with the number of images.
     conf[t, p]    pixels of truth t that were predicted as p; void (255) is not counted
     IoU_c         conf[c, c] / (row sum c + column sum c - conf[c, c])      nan if c is in neither truth nor prediction
     mIoU          mean of IoU_c over the classes that have one
-    p(c | x)      ~ p_decoder(c | x) ^ (1 - beta) * p_text(c | x) ^ beta,     p_text = softmax_c(<z, p^O_c> / tau)
+    q(c | x)      ~ q_decoder(c | x) ^ (1 - gamma) * q_text(c | x) ^ gamma,   q_text = softmax_c(<z, p^O_c> / tau)
 
 A number means nothing without how it was taken, so each result row says it: predictions are scored at the label's own
-full size, with which input scale, whole or by windows, with which Mapillary convention, from the last checkpoint.
+full size, with which input scale, whole or by windows, in which precision and Mapillary convention, from the last checkpoint.
 
 Shapes
     image   (3, H, W)    CLIP-normalised            pred, label  (H, W) uint8, train ids, 255 = void (labels only)
@@ -61,9 +61,6 @@ from data import VOID, UserError
 from model import pad
 
 
-# ------------------------------------------------------------------------------------------------------ counting
-
-
 def confusion_matrix(pred, label, num_classes):
     """Pixels by (truth, prediction): (K, K) int64, rows truth. Arrays or tensors of any one shape; label 255 is void.
 
@@ -104,9 +101,6 @@ def mean_iou(conf):
     return iou(conf).nanmean().item()
 
 
-# ---------------------------------------------------------------------------------------------------- predicting
-
-
 def make_scorer(module, config):
     """score(image (B, 3, H, W), any size) -> log-probabilities (B, K, H, W), from a ppar.PPAR and its flags."""
     _, autocast, layout = checkpoint.precision(config.amp, module.otp.device)
@@ -133,7 +127,7 @@ def predict(score, image, size, scale=1.0, slide=0, slide_stride=0, flip=False):
     flip          each window is also seen mirrored
     Where several views see a pixel, the mean of their probabilities decides.
     """
-    if not scale > 0 or slide < 0 or not 0 <= slide_stride <= slide:
+    if not 0 < scale < math.inf or slide < 0 or not 0 <= slide_stride <= slide:
         raise UserError(f"--scale {scale} --slide {slide} --slide-stride {slide_stride}: the scale must be "
                         f"positive, and the stride at most the window, or pixels between windows go unseen.")
     image = image[None]
@@ -189,14 +183,17 @@ def evaluate_dataset(score, items, mapillary="A", protocol=PROTOCOL, device="cpu
     return conf
 
 
-# ------------------------------------------------------------------------------------------------------ the results
-
-
 def evaluation_size(protocol):
-    """How the numbers were taken, in words: part of every result row."""
+    """Size, windows and views of a protocol in words."""
     slide = protocol["slide"]
     view = f"slide {slide}/{protocol['slide_stride'] or slide * 2 // 3}" if slide else "whole image"
     return f"label's full size; input scale {float(protocol['scale'])}, {view}" + ", flip averaged" * protocol["flip"]
+
+
+def how_taken(run, protocol):
+    """What two scores must share to be compared, in words: part of every result row."""
+    return dict(evaluation_size=evaluation_size(protocol), mapillary=run.config.mapillary,
+                precision=checkpoint.precision(run.config.amp, run.ppar.otp.device)[0])
 
 
 def write_results(run, confs, images, protocol=PROTOCOL):
@@ -206,7 +203,7 @@ def write_results(run, confs, images, protocol=PROTOCOL):
     among confs (its held-out images); it is shown and stays out of the mean, for the mean speaks of unseen domains.
     """
     config = run.config
-    taken = dict(evaluation_size=evaluation_size(protocol), mapillary=config.mapillary,
+    taken = dict(how_taken(run, protocol),
                  # never the best on a target, for that would be training on it
                  checkpoint="last" if run.step == config.steps else f"unfinished, step {run.step} of {config.steps}")
     targets = {}
@@ -255,8 +252,9 @@ def print_table(results, compare=None):
             print("-" * (14 + sum(widths)))
         line(name, [column[name] for column in columns.values()])
     if compare:
-        other = {name: compare["targets"].get(name, {}).get("miou") for name in targets}
-        same = set(unseen) <= set(compare["mean_over"])  # the mean over the same data sets, or none
+        known = compare["targets"]  # a score of other images is none, and a mean without it neither
+        other = {name: known[name]["miou"] if known.get(name, {}).get("images") == row["images"] else None for name, row in targets.items()}
+        same = set(unseen) <= set(compare["mean_over"]) and None not in [other[name] for name in unseen]
         other["mean"] = _mean(other[name] for name in unseen) if same else None
         pairs = [(columns[name]["mean"], other[name]) for name in columns]
         line(compare["run"], other.values())
@@ -264,7 +262,7 @@ def print_table(results, compare=None):
     line("images", [str(row["images"]) for row in targets.values()])
     if not all(row["unseen"] for row in targets.values()):
         print("* a source of this run: not part of the mean over unseen targets")
-    print(f"{results['evaluation_size']}; checkpoint: {results['checkpoint']}; Mapillary convention "
+    print(f"{results['evaluation_size']}, {results['precision']}; checkpoint: {results['checkpoint']}; Mapillary convention "
           f"{results['mapillary']}; a class that does not occur (-) is left out of the means")
 
 
@@ -275,7 +273,7 @@ def evaluate_targets(run, protocol=PROTOCOL, rank=0, processes=1, compare=None):
     Of several processes, each scores its share of the images of every target; the sum of their tables is the table.
     """
     config, device, targets = run.config, run.ppar.otp.device, find_targets(run.config)
-    other = _read_results(compare, config, protocol) if compare else None
+    other = _read_results(compare, how_taken(run, protocol)) if compare else None
     score, confs = make_scorer(run.ppar, config), {}
     for name, items in targets.items():
         mine, title = items[rank::processes], None if rank else name
@@ -298,15 +296,15 @@ def find_targets(config):
             for name in config.targets}
 
 
-def _read_results(run, config, protocol):
+def _read_results(run, taken):
     """results.json of a run to compare with, if it was taken in the same way."""
     try:
         results = json.loads((Path(run) / "results.json").read_text())
-        if (results["evaluation_size"], results["mapillary"]) != (evaluation_size(protocol), config.mapillary):
+        if {name: results[name] for name in taken} != taken or not {"run", "targets", "mean_over"} <= set(results):
             raise ValueError
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{run} has no results.json that was taken in this way ({evaluation_size(protocol)}; Mapillary "
-                        f"{config.mapillary}): run `python evaluate.py {run}` with the flags that you gave here.") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{run} has no results.json that was taken in this way ({taken['evaluation_size']}; Mapillary "
+                        f"{taken['mapillary']}; {taken['precision']}): run `python evaluate.py {run}` with the flags of here.") from None
     return results
 
 

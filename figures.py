@@ -17,7 +17,6 @@ Shapes    image (H, W, 3) uint8     label, pred (H, W) uint8, train ids, 255 = v
 Not here: scores (evaluate.py), the figure of the bound (bound.py). Run `python figures.py` for a demonstration in seconds.
 """
 
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -156,9 +155,8 @@ def draw_figures(run, compare=None):
             predictions = {title: predict(score, tensor, label.shape) for title, score in scorers.items()}
             rows.append({"image": image, "truth": label, **predictions, "omega, Eq. 5": _trust(run, tensor, label)[0]})
         figure_predictions(out / f"predictions_{name}.png", rows, name + " (unseen)" * (name not in config.source))
-    log = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").is_file() else []
-    if log:
-        figure_curves(out / "curves.png", [json.loads(row) for row in log])
+    if log := checkpoint.read_log(out):
+        figure_curves(out / "curves.png", log)
     for source in [name for name in config.source if name.startswith("toy-")][:1]:  # drawn scenes know what is harmful
         drawn = [toy.draw(source, "train", index, harmful=config.harmful or 0.1) for index in range(SCENES)]
         scenes = [(*scene, *_trust(run, data.to_tensor(scene[0]), scene[1])) for scene in drawn]

@@ -40,7 +40,6 @@ TOY_CLIP = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy_clip.pt
 Dense = namedtuple("Dense", "logits emb")  # what the network says about a batch of images; shapes as above
 
 
-# ---------------------------------------------------------------------------------------------------- CLIP, from file
 def load_clip(name):
     """A CLIP by name (`toy`, `RN50`, `ViT-B/16`, ...) or from a file -> (clip.model.CLIP, one line about it).
 
@@ -88,7 +87,6 @@ def architecture(visual):
                 input_resolution=visual.input_resolution, width=visual.conv3.out_channels)
 
 
-# ------------------------------------------------------------------------------------------------------ dense encoder
 def pad(image, multiple):
     """Continue the border pixels to the right and below until both sides are multiples: (B, 3, H, W), any H and W.
 

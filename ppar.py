@@ -52,7 +52,7 @@ class PPAR(torch.nn.Module):
 
     @torch.no_grad()
     def vtp(self, image):
-        """Eq. 2. # our reading: CLIP looks at half the size, which is near what it was trained on, and a quarter of the work."""
+        """Eq. 2. # our reading: CLIP looks at about half the size (each side to the nearest that it takes), for less work."""
         half = [self.clip.multiple * max(1, round(side / 2 / self.clip.multiple)) for side in image.shape[2:]]
         image = F.interpolate(image, size=half, mode="bilinear", align_corners=False, antialias=True)
         return prototypes.visual_text_prototypes(self.otp, self.clip(image)[1], self.tau)

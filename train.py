@@ -29,8 +29,8 @@ from pathlib import Path
 
 # ------------------------------------------------------------------------------------------------------ configuration
 
-POSITIVE = ("positive", lambda x: x > 0)
-AT_LEAST_0 = ("at least 0", lambda x: x >= 0)
+POSITIVE = ("positive", lambda x: 0 < x < math.inf)
+AT_LEAST_0 = ("at least 0", lambda x: 0 <= x < math.inf)
 SHARE = ("in [0, 1]", lambda x: 0 <= x <= 1)
 RAMP = ("two fractions of the run, at least 0, rising, at most 1", lambda x: len(x) == 2 and 0 <= x[0] < x[1] <= 1)
 
@@ -164,7 +164,7 @@ def setup_processes(config):
     else:
         torch.use_deterministic_algorithms(True)  # same seed, same bits; a GPU is asked for speed instead
         torch.utils.deterministic.fill_uninitialized_memory = False  # nobody reads it, and filling it takes time
-    if "RANK" not in os.environ:
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
         return 0, 1, device
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size(), device
@@ -275,7 +275,7 @@ def describe(terms, at, out, otp, label, config, done):
     for name, value in reversed(row.items()):
         if value is not None and not math.isfinite(value):
             raise UserError(f"the loss term `{name}` is {value} at step {done}: the last good checkpoint, if one was "
-                            f"written, stays in {config.out}; lower --lr, or look at the data (python data.py --check).")
+                            f"written, stays in {config.out}; start anew with a lower --lr, or look at the data (python data.py --check).")
     grid = align.labels_on_grid(label, out.emb)
     count = (grid != data.VOID).sum().clamp_min(1)
     for name, goal in dict(otp=otp, vtp=out.vtp).items():
@@ -368,7 +368,8 @@ def continue_run(given):
 def closing_words(config, results):
     """For the drawn world, the committed baseline that votes; for every run, the next command to try."""
     committed = Path(__file__).resolve().parent / "results" / "toy.csv"
-    table = list(csv.DictReader(committed.read_text().splitlines())) if committed.is_file() else []
+    recipe = [[getattr(c, name) for name in ("source", "harmful", "clip", "steps", "batch", "freeze")] for c in (config, configure({}))]
+    table = list(csv.DictReader(committed.read_text().splitlines())) if committed.is_file() and recipe[0] == recipe[1] else []
     if rows := [row for row in table if row["row"] == "vote" and set(results["targets"]) <= set(row)]:
         means = {name: sum(float(row[name]) for row in rows) / len(rows) for name in results["targets"]}
         print(f"the baseline that votes (--align none --no-reweight, 400 steps; mean of {len(rows)} seeds, from results/toy.csv): "

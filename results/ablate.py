@@ -84,7 +84,7 @@ def search_rows():
 
 def run(name, seed, flags, targets):
     """Train one row with one seed -> its line of the csv."""
-    root, folder = HERE.parent, Path("runs") / "ablation" / f"{name}-seed{seed}"
+    root, folder = HERE.parent, Path("runs") / ("search" if targets == LOOKS else "ablation") / f"{name}-seed{seed}"
     command = ["train.py", *flags.split(), "--targets", "toy-gta5", *targets, "--seed", str(seed), "--out", str(folder),
                "--workers", "0", "--no-figures"]
     shutil.rmtree(root / folder, ignore_errors=True)  # of a run that was cut off, or of other code: a minute, made again

@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from ablate import put  # noqa: E402
+from ablate import ROWS, put  # noqa: E402
 
 RUNS = HERE.parent / "runs" / "ablation"
 STORE = HERE / "bound.json"
@@ -97,8 +97,8 @@ def main():
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     store = json.loads(STORE.read_text()) if STORE.exists() else {}
-    folders = [f for f in sorted(RUNS.glob("*-seed*")) if not f.name.startswith("clip-") and (f / "results.json").exists()
-               and (not args.rows or f.name.rsplit("-seed", 1)[0] in args.rows)]
+    rows = set(args.rows or ROWS) - {"clip"}
+    folders = [f for f in sorted(RUNS.glob("*-seed*")) if f.name.rsplit("-seed", 1)[0] in rows and (f / "results.json").exists()]
     if not args.table:
         with ThreadPoolExecutor(args.jobs) as pool:
             for folder, report in zip(folders, pool.map(measure, folders)):

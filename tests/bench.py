@@ -1,4 +1,4 @@
-"""bench.py: the speed and memory that the README's table states, printed by one command.
+"""bench.py: the speed and memory that results/README.md states, printed by one command.
 
     python tests/bench.py                    all of it, about ten minutes on two cores
     python tests/bench.py step item          some of it: help item step loader memory linear

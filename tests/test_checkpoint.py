@@ -80,7 +80,7 @@ def test_a_folder_takes_one_run_and_its_log_goes_back_to_the_step_of_the_checkpo
     (folder / "last.pt").touch()
     with pytest.raises(UserError, match="holds another run"):
         checkpoint.open_folder(config)
-    log.write_text('{"step": 4}\n{"step": 5}\n{"step": 6, "lo')  # a row was being written
+    log.write_text('{"step": 4}\n\x00\x00\n7\n{"step": 5}\n{"step": 6, "lo')  # a disk lost some, a row was being written
     for step in (5, 4):
         checkpoint.open_folder(config, step)
         assert [row["step"] for row in map(json.loads, log.read_text().splitlines())] == [4, 5][:step - 3]
@@ -131,7 +131,9 @@ def test_truncated_foreign_and_unfitting_checkpoints_end_in_one_sentence(run):
     for foreign, reason in ((state["model"], "not written by train.py"), ([1, 2], "no checkpoint|not written"),
                             ({**state, "arch": {"visual": 3}}, "does not hold"),
                             ({**state, "model": dict(list(state["model"].items())[1:])}, "does not hold"),
-                            ({**state, "clip": {"gamma": torch.ones(3)}}, "does not hold")):
+                            ({**state, "clip": {"gamma": torch.ones(3)}}, "does not hold"),
+                            ({**state, "otp": state["otp"][:1]}, "does not hold"),
+                            ({**state, "config": {"tau": 0.1}}, "without the flags .*source.*text_weight")):
         torch.save(foreign, file)
         with pytest.raises(UserError, match=reason) as caught:
             checkpoint.load_run(run[0])

@@ -39,9 +39,6 @@ def random_pair(classes, seed=0):
 PAIRS = [random_pair(15, seed) for seed in range(4)]  # of 19 classes, four never occur
 
 
-# ------------------------------------------------------------------------------------------------------ counting
-
-
 @pytest.mark.parametrize("classes", [2, 19, 128, 255])
 def test_counts_equal_plain_loops_for_any_number_of_classes_that_fits_any_shape_and_integer_type(classes):
     pred, label = random_pair(classes)
@@ -87,9 +84,6 @@ def test_scores_equal_those_of_the_cityscapes_scripts(tmp_path):
     conf = sum(confusion_matrix(p, t, 19) for p, t in PAIRS)
     assert dict(zip(data.CLASSES, iou(conf).tolist())) == pytest.approx(theirs, abs=1e-9, nan_ok=True)
     assert mean_iou(conf) == pytest.approx(official.getScoreAverage(theirs, official.args), abs=1e-9)
-
-
-# ---------------------------------------------------------------------------------------------------- predicting
 
 
 def by_window(image):
@@ -179,9 +173,6 @@ def test_the_text_enters_as_weighted_geometric_mean_of_probabilities_at_an_image
     assert score.shape == (1, 19, *size) and torch.allclose(score.exp(), expected, atol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------- a run and its results
-
-
 def test_one_table_counts_every_image_with_any_number_of_workers_and_draws_no_random_number(run, net, otp):
     items, score, expected = data.list_items("bdd", run[1]["data_root"], "val"), scorer(net, otp), 0
     for image, label in map(data.load_pair, items):
@@ -211,9 +202,10 @@ def test_a_broken_target_file_ends_the_evaluation_by_its_name(run, net, otp, par
 
 def written(folder, confs=None, step=400, protocol=evaluate.PROTOCOL, mapillary="A"):
     """write_results in this folder for a run that was trained on gta5."""
-    config = SimpleNamespace(source=("gta5",), method="ppar", mapillary=mapillary, steps=400)
+    config = SimpleNamespace(source=("gta5",), method="ppar", mapillary=mapillary, steps=400, amp="bf16")
     images = dict(bdd=3, cityscapes=4, gta5=5, acdc=6)
-    return evaluate.write_results(checkpoint.Run(None, config, step, folder), confs or three_tables(), images, protocol)
+    run = checkpoint.Run(SimpleNamespace(otp=torch.zeros(1)), config, step, folder)
+    return evaluate.write_results(run, confs or three_tables(), images, protocol)
 
 
 def three_tables():
@@ -230,7 +222,7 @@ def test_the_results_files_hold_what_others_script_against(tmp_path):
     bdd, cityscapes, gta5 = (results["targets"][name] for name in ("bdd", "cityscapes", "gta5"))
     assert list(bdd["iou"]) == list(data.CLASSES) and bdd["iou"]["sky"] is None
     assert bdd["iou"]["road"] == pytest.approx(100 * 50 / 70) and bdd["miou"] == pytest.approx(50 * (50 / 70 + 30 / 50))
-    assert (bdd["checkpoint"], bdd["mapillary"], bdd["images"], bdd["pixels"]) == ("last", "B", 3, 100)
+    assert (bdd["checkpoint"], bdd["mapillary"], bdd["precision"], bdd["images"], bdd["pixels"]) == ("last", "B", "bf16", 3, 100)
     assert bdd["evaluation_size"] == "label's full size; input scale 2.0, slide 512/100, flip averaged"
     assert (bdd["unseen"], cityscapes["unseen"], gta5["unseen"]) == (True, True, False)
     assert cityscapes["miou"] == pytest.approx(45) and results["mean"] == pytest.approx((bdd["miou"] + 45) / 2)
@@ -291,11 +283,11 @@ def test_the_mean_of_the_means_is_the_mean_of_the_mious_and_not_of_the_classes(t
 def test_the_difference_to_a_second_run_is_taken_over_the_same_targets_only(tmp_path, capsys, kept, cells):
     other = three_tables()
     other["bdd"][1, 1] = 0  # IoU 50/70 and 0, where ours are 50/70 and 30/50
-    rows = printed(capsys, written(tmp_path), written(tmp_path, {name: other[name] for name in kept}))[1]
+    results = written(tmp_path, {name: other[name] for name in kept})
+    rows = printed(capsys, written(tmp_path), results)[1]
     assert rows["difference"] == cells and rows[tmp_path.name[:13]][0] == "35.7"
-
-
-# ------------------------------------------------------------------------------------------------ the command line
+    results["targets"]["bdd"]["images"] = 2  # other images: not to be compared
+    assert printed(capsys, written(tmp_path), results)[1]["difference"] == ["-", *cells[1:3], "-"]
 
 
 def command(*words):
@@ -324,6 +316,9 @@ def test_a_second_runs_scores_are_shown_beside_if_they_were_taken_in_the_same_wa
     command(run[0], "--device", "cpu", "--workers", 0)
     for flags in (("--scale", 0.5), ("--mapillary", "B")):
         assert re.search(rf"taken in this way .*{flags[1]}.*evaluate.py {run[0]}", refused(run[0], "--compare", run[0], *flags))
+    for other in ("[]", "{}", json.dumps(json.loads((run[0] / "results.json").read_text()) | dict(precision="bf16"))):
+        (run[0].parent / "results.json").write_text(other)
+        assert "taken in this way" in refused(run[0], "--compare", run[0].parent)
     command(run[0], "--device", "cpu", "--workers", 0, "--compare", run[0])
     assert "+0.0" in capsys.readouterr().out
 
@@ -334,6 +329,7 @@ def test_mistakes_of_the_user_end_in_one_sentence(run, tmp_path):
         ((run[0], "--targets", "acdc"), "acdc.*rgb_anon"),
         ((run[0], "--data-root", tmp_path / "gone"), "gone"), ((run[0], "--device", "abacus"), "--device abacus"),
         ((run[0], "--slide", 32, "--slide-stride", 64), "--slide-stride 64"), (("--flip",), "[Gg]ive the folder"),
+        ((run[0], "--scale", "inf"), "--scale inf"),
         ((run[0], "--workers", -1), "--workers -1"), ((run[0], "--holdout", -1), "--holdout -1"),
     ):
         message = refused(*words)

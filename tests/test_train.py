@@ -172,6 +172,7 @@ SPOILT = {  # a last.pt that this train.py cannot have written; files that nobod
     "step too large": lambda s: {**s, "step": 999},
     "step no number": lambda s: {**s, "step": "four"},
     "prototypes of another CLIP": lambda s: {**s, "otp": torch.zeros(19, 7)},
+    "one prototype": lambda s: {**s, "otp": s["otp"][:1]},
     "optimiser of another network": lambda s: {**s, "optimizer": {"state": {}, "param_groups": []}},
 }
 
@@ -341,7 +342,7 @@ def test_help_and_an_unknown_flag_are_answered_without_torch(tmp_path):
     assert "torch was imported" in ask("--steps", "1").stderr  # the poison works
 
 
-BAD_FLAGS = {flags.strip(): flags.strip() for flags in """--crop 0, --steps 0, --batch 0, --micro-batch -1, --workers -1, --lr 0,
+BAD_FLAGS = {flags.strip(): flags.strip() for flags in """--crop 0, --steps 0, --batch 0, --micro-batch -1, --workers -1, --lr 0, --lr inf,
     --lr nan, --lr-clip -1, --tau 0, --w-align -1, --w-align 0, --text-weight 2, --harmful 1.5, --ramp 0.6 0.6,
     --ramp 0.5, --ramp 0.0 1.1, --ramp -0.1 1, --save-every 0, --seed -1, --holdout -1, --balance 2, --freeze 6, --freeze -1,
     --device nonsense""".split(",")} | {
