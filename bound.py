@@ -116,10 +116,10 @@ def measure(run, items, limit, weights=False):
         out, full, grid = ppar.look(run.ppar, data.to_tensor(image), label)
         valid = grid[0] != data.VOID
         terms = pixel_terms(out.emb[0].permute(1, 2, 0)[valid].float(), grid[0][valid], otp, config.tau)
-        if weights:  # Eq. 6 with the ramp at 1
-            terms["weight"] = align.labels_on_grid(ppar.learning_weights(out, otp, full, config, ramp=1.0), out.emb)[0][valid]
+        if weights:  # Eq. 6 at the end of the ramp, which stays at 0 in a run without weights
+            terms["weight"] = align.labels_on_grid(ppar.learning_weights(out, otp, full, config, float(config.reweight)), out.emb)[0][valid]
         if out.vtp is not None:
-            terms["radius_vtp"] = ppar.distance(out.emb, grid, out.vtp)[0][valid]
+            terms["radius_vtp"] = align.distance(out.emb, grid, out.vtp)[0][valid]
             terms["gap"] = (out.vtp[0] - otp).norm(dim=1)[terms["label"]]
         images.append({name: value.cpu() for name, value in terms.items()})
     domain = {name: torch.cat([terms[name] for terms in images]) for name in images[0]}

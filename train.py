@@ -53,9 +53,9 @@ class Config:
     # the method
     method: str = option("ppar", "ppar, or erm: L_seg with w = 1 alone, the baseline", choices=("ppar", "erm"))
     clip: str = option(None, "CLIP by name (RN50, RN101, ViT-B/16, ...), path of a checkpoint, or toy")
-    prototypes: str = option("text", "OTP (Eq. 1), or a control", choices=("text", "source", "random", "shuffled"))
+    prototypes: str = option("text", "OTP (Eq. 1), or a control", choices=("text", "source", "shuffled"))
     align: str = option("progressive", "lambda's schedule (Eq. 4); none: no L_align",
-                        choices=("progressive", "reversed", "otp", "vtp", "both", "none"))
+                        choices=("progressive", "reversed", "otp", "vtp", "none"))
     w_align: float = option(1.0, "weight of L_align in Eq. 7", POSITIVE)
     tau: float = option(0.07, "temperature of Eq. 2, 3 and of the text score", POSITIVE)
     ramp: tuple[float, ...] = option((0.05, 0.3), "fractions of the run between which the ramp of Eq. 4 and 6 rises from 0 to 1", RAMP)
@@ -280,7 +280,7 @@ def describe(terms, at, out, otp, label, config, done):
     count = (grid != data.VOID).sum().clamp_min(1)
     for name, goal in dict(otp=otp, vtp=out.vtp).items():
         if goal is not None:
-            row["radius_" + name] = (ppar.distance(out.emb, grid, goal).sum() / count).item()
+            row["radius_" + name] = (align.distance(out.emb, grid, goal).sum() / count).item()
             row["loss_" + name] = (align.alignment_map(out.emb, grid, goal, config.tau).sum() / count).item()
     return row
 

@@ -2,7 +2,6 @@
 
     python results/ablate.py                 train what results/toy.csv does not hold yet, two runs at a time; then write toy.md
     python results/ablate.py --rows erm full --seeds 0 1
-    python results/ablate.py --search        the fair fight: the same 16 settings for every method, on development looks alone
     python results/ablate.py --table         train nothing, write results/toy.md and the README's table
 
 A line is appended to the csv when its run has finished, so the command goes on where it was cut off. A run is one
@@ -16,7 +15,6 @@ import csv
 import json
 import math
 import os
-import random
 import shutil
 import statistics
 import subprocess
@@ -28,7 +26,6 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TARGETS = ("toy-cityscapes", "toy-bdd", "toy-mapillary", "toy-night", "toy-fog", "toy-snow")
-LOOKS = ("toy-dev", "toy-dev-2", "toy-dev-3", "toy-dev-4")  # for choosing; no reported target is among them
 SEEDS = (0, 1, 2, 3, 4)
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's t, two-sided
 
@@ -64,28 +61,10 @@ CLAIMS = (  # (sentence, row, the row that it is compared with)
     ("Training beats reading CLIP", "full", "clip"),
 )
 
-# The fair fight: every method gets the same settings, two seeds, and is judged on the development looks.
-METHODS = {"erm": "--method erm", **{name: ROWS[name][1] for name in ("vote", "otp", "no-reweight", "only-reweight", "full")}}
-GRID = {"--lr": (1e-3, 2e-3, 3e-3, 5e-3), "--lr-clip": (0.01, 0.03, 0.1, 0.3), "--freeze": (0, 1, 2, 3, 4, 5),
-        "--balance": (0.0, 0.5, 1.0), "--steps": (400, 800), "--text-weight": (0.3, 0.5, 0.7)}
-DRAW = random.Random(0)
-SETTINGS = [{flag: DRAW.choice(values) for flag, values in GRID.items()} for _ in range(16)]
-
-
-def search_rows():
-    """name -> flags of the fair fight, settings first, so that a search that is cut off has tried the same for all methods."""
-    rows = {}
-    for number, setting in enumerate(SETTINGS):
-        for method, flags in METHODS.items():
-            own = {flag: value for flag, value in setting.items() if method != "erm" or flag != "--text-weight"}
-            rows[f"{method}-{number}"] = f"{flags} {' '.join(f'{flag} {value}' for flag, value in own.items())}"
-    return rows
-
-
-def run(name, seed, flags, targets):
-    """Train one row with one seed -> its line of the csv."""
-    root, folder = HERE.parent, Path("runs") / ("search" if targets == LOOKS else "ablation") / f"{name}-seed{seed}"
-    command = ["train.py", *flags.split(), "--targets", "toy-gta5", *targets, "--seed", str(seed), "--out", str(folder),
+def run(name, seed, flags, targets, folder, script="train.py"):
+    """Train one row with one seed, in a folder under runs/ -> its line of the csv."""
+    root, folder = HERE.parent, Path("runs") / folder / f"{name}-seed{seed}"
+    command = [script, *flags.split(), "--targets", "toy-gta5", *targets, "--seed", str(seed), "--out", str(folder),
                "--workers", "0", "--no-figures"]
     shutil.rmtree(root / folder, ignore_errors=True)  # of a run that was cut off, or of other code: a minute, made again
     began = time.time()
@@ -101,11 +80,11 @@ def run(name, seed, flags, targets):
                 commit=(config["commit"] or "")[:10] + "+" * bool(config["changed_since_commit"]), torch=config["versions"]["torch"])
 
 
-def train(jobs, file, targets, at_a_time):
+def train(jobs, file, targets, at_a_time, folder, script="train.py"):
     """Run [(row, seed, flags)] that the csv does not hold yet -> how many failed."""
     done, lock, failed = {(line["row"], int(line["seed"])) for line in read(file)}, threading.Lock(), 0
     with ThreadPoolExecutor(at_a_time) as pool:
-        todo = [pool.submit(run, name, seed, flags, targets) for name, seed, flags in jobs if (name, seed) not in done]
+        todo = [pool.submit(run, name, seed, flags, targets, folder, script) for name, seed, flags in jobs if (name, seed) not in done]
         for future in as_completed(todo):
             if future.exception():
                 failed += 1
@@ -196,15 +175,12 @@ def main():
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--search", action="store_true", help="the fair fight, into results/search.csv")
     parser.add_argument("--table", action="store_true", help="train nothing")
     args = parser.parse_args()
     failed = 0
-    if args.search:
-        jobs = [(name, seed, flags) for seed in args.seeds[:2] for name, flags in search_rows().items()]
-        failed = train(jobs, HERE / "search.csv", LOOKS, args.jobs)
-    elif not args.table:
-        failed = train([(name, seed, ROWS[name][1]) for seed in args.seeds for name in args.rows], HERE / "toy.csv", TARGETS, args.jobs)
+    if not args.table:
+        jobs = [(name, seed, ROWS[name][1]) for seed in args.seeds for name in args.rows]
+        failed = train(jobs, HERE / "toy.csv", TARGETS, args.jobs, "ablation")
     lines = read(HERE / "toy.csv")
     (HERE / "toy.md").write_text(report(lines), encoding="utf-8")
     short = rows_table(lines, ("clip", "erm", "vote", "full"), targets=())

@@ -233,7 +233,7 @@ def test_every_method_starts_from_the_same_network_and_sees_the_same_batches_and
         return backward(network, image, label, config, *rest)
 
     monkeypatch.setattr(train, "backward", spy)
-    for n, flags in enumerate(("", "--method erm", "--prototypes random", "--align otp", "--seed 1")):
+    for n, flags in enumerate(("", "--method erm", "--prototypes shuffled", "--align otp", "--seed 1")):
         trained(tmp_path / str(n), *world["flags"], *flags.split(), "--steps", 2)
     full, *others, seed = seen.values()
     assert [difference(full, other) for other in others] == [None] * 3
@@ -487,7 +487,7 @@ FIRST_STEPS = json.loads((Path(__file__).parent / "first_steps.json").read_text(
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in ("erm", "full") else LONG) for n in FIRST_STEPS])
 def test_the_first_twenty_steps_of_the_drawn_world_are_those_of_the_stored_log(name, tmp_path):
-    """Stored by commit 2437fbc (erm) and by the first commit of this method (the others): the same training but for rounding."""
+    """Stored by commit 2437fbc (erm) and by the first commits of this method (the others): the same training but for rounding."""
     stored, out = FIRST_STEPS[name], tmp_path / "run"
     flags = f"--steps 20 --no-figures --workers 0 --targets toy-fog --device cpu {stored['flags']} --out {out}"
     train.main(train.parse(flags.split()))
