@@ -33,33 +33,31 @@ def flags(method, number):
 
 def search_jobs(seeds=SEEDS):
     """(row, seed, flags), seeds and settings first, so that a search that is cut off has tried the same for all methods."""
-    return [(f"{method}-{number}", seed, flags(method, number)) for seed in seeds for number in range(16) for method in METHODS]
+    return [(f"{method}-{number}", seed, flags(method, number)) for seed in seeds for number in range(len(SETTINGS)) for method in METHODS]
 
 
-def scores(lines):
-    """{method: {setting: [score on the development looks, a seed each]}}, settings that all have finished with both seeds."""
-    found = {method: {n: list(ablate.column(lines, f"{method}-{n}").values()) for n in range(16)} for method in METHODS}
-    whole = [n for n in range(16) if all(len(found[method][n]) == len(SEEDS) for method in METHODS)]
-    return {method: {n: found[method][n] for n in whole} for method in METHODS}
+def scores(lines, seeds=SEEDS):
+    """{method: {setting: mean over looks and seeds}}, of the settings that all methods have finished with all seeds."""
+    found = {method: {n: ablate.column(lines, f"{method}-{n}") for n in range(len(SETTINGS))} for method in METHODS}
+    whole = [n for n in range(len(SETTINGS)) if all(set(seeds) <= set(found[method][n]) for method in METHODS)]
+    return {method: {n: statistics.mean(found[method][n][seed] for seed in seeds) for n in whole} for method in METHODS}
 
 
 def chosen(lines):
     """{method: (its best setting, the mean score there)}."""
-    best = {}
-    for method, by_setting in scores(lines).items():
-        number = max(by_setting, key=lambda n: statistics.mean(by_setting[n]))
-        best[method] = number, statistics.mean(by_setting[number])
-    return best
+    return {method: max(by_setting.items(), key=lambda pair: pair[1]) for method, by_setting in scores(lines).items() if by_setting}
 
 
 def search_table(lines):
-    """Markdown: one line a setting, one column a method; the best of each method in bold."""
-    table = [f"| setting | {' | '.join(ROWS[method][0] for method in METHODS)} |", "|---" * (len(METHODS) + 1) + "|"]
-    by_method, best = scores(lines), chosen(lines) if scores(lines)["full"] else {}
+    """Markdown: one line a setting, one column a method; the best of each method in bold once there is one."""
+    seeds = SEEDS if scores(lines)["full"] else SEEDS[:1]
+    table = [f"Made by `python results/fight.py`: mean over the four looks, {len(seeds)} seed(s).", "",
+             f"| | {' | '.join(f'`{flag}`' for flag in GRID)} | {' | '.join(METHODS)} |", "|---" * (len(METHODS) + len(GRID) + 1) + "|"]
+    by_method, best = scores(lines, seeds), chosen(lines)
     for n in by_method["full"]:
-        means = [(f"**{statistics.mean(by_method[m][n]):.1f}**" if best[m][0] == n else f"{statistics.mean(by_method[m][n]):.1f}")
-                 for m in METHODS]
-        table.append(f"| `{' '.join(f'{flag} {value}' for flag, value in SETTINGS[n].items())}` | {' | '.join(means)} |")
+        means = [f"{by_method[m][n]:.1f}" for m in METHODS]
+        means = [f"**{mean}**" if m in best and best[m][0] == n else mean for m, mean in zip(METHODS, means)]
+        table.append(f"| {n} | {' | '.join(str(SETTINGS[n][flag]) for flag in GRID)} | {' | '.join(means)} |")
     return table
 
 
