@@ -28,7 +28,8 @@ sys.path.insert(0, str(HERE.parent))
 
 import checkpoint  # noqa: E402
 
-CURVES = {"steps": (50, 100, 200, 400, 800), "harmful": (0, 0.1, 0.3, 0.5), "lr-clip": (0.01, 0.03, 0.1, 0.3), "scenes": (50, 100, 200, 400)}
+CURVES = {"steps": (50, 100, 200, 400, 800), "harmful": (0, 0.1, 0.3, 0.5), "lr-clip": (0.01, 0.03, 0.1, 0.3),
+          "scenes": (50, 100, 200, 400)}
 RECIPE = {"steps": 400, "harmful": 0.1, "lr-clip": 0.03, "scenes": 400}  # train.py's: those runs are in results/toy.csv
 SEEDS = (0, 1)
 ORACLE = "oracle"
