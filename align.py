@@ -111,24 +111,23 @@ def goal(otp, vtp, lam):
 
 
 def _demo():
-    """Pixels walk to one set of prototypes, then to the other; prints the loss to both."""
-    torch.manual_seed(0)
-    otp = F.normalize(torch.randn(3, 8), dim=1)
-    vtp = F.normalize(otp + 0.5 * torch.randn(1, 3, 8), dim=-1)  # another set of points, for this one image
-    label = torch.randint(0, 3, (1, 6, 6))
-    emb = F.normalize(torch.randn(1, 8, 6, 6), dim=1).requires_grad_()
-    optimizer = torch.optim.SGD([emb], lr=2.0)
-    rows = []
+    """The step on paper of exercises.md; then its three pixels walk to one set of prototypes, and on to the other."""
+    otp, vtp = torch.eye(2, 3), torch.tensor([[[0.28, 0, 0.96], [0, 1, 0]]])
+    emb, label = torch.tensor([[0.8, 0, 0.6], [-0.6, 0, 0.8], [0.8, 0, 0.6]]).T.view(1, 3, 1, 3), torch.tensor([[[0, 1, 1]]])
+    losses = alignment_map(emb, label, goal(otp, vtp, lam=0.5), tau=0.5).flatten()
+    total = alignment_loss(emb, label, goal(otp, vtp, lam=0.5), tau=0.5, weight=torch.tensor([[[1, 1, 0.5]]]))
+    print("on paper: losses", *(f"{x:.3f}" for x in losses), f"  L_align {total:.3f}")
+
+    optimizer, rows = torch.optim.SGD([emb.requires_grad_()], lr=2.0), []
     for step in range(101):
         lam = SCHEDULES["progressive"](progress(step, 100, 0.2, 0.8))
-        rows.append([alignment_loss(emb, label, prototypes, tau=0.1).item() for prototypes in (otp, vtp)])
-        if step % 25 == 0:
-            print(f"step {step:3d}   lambda {lam:.2f}   loss to OTP {rows[-1][0]:.3f}   loss to VTP {rows[-1][1]:.3f}")
+        rows.append([alignment_loss(emb, label, prototypes, tau=0.5).item() for prototypes in (otp, vtp)])
+        if step in (0, 25, 100):
+            print(f"step {step:3d}   lambda {lam:.2f}   loss to OTP {rows[-1][0]:.2f}   loss to VTP {rows[-1][1]:.2f}")
         optimizer.zero_grad()
-        alignment_loss(emb, label, goal(otp, vtp, lam), tau=0.1).backward()
+        alignment_loss(emb, label, goal(otp, vtp, lam), tau=0.5).backward()
         optimizer.step()
-    assert rows[25][0] < rows[25][1], "the walk goes to the OTP first"
-    assert rows[-1][1] < rows[25][1] < rows[0][1], "and ends at the VTP"
+    assert rows[25][0] < rows[25][1] and rows[100][1] < rows[100][0], "the walk goes to the OTP first, and ends at the VTP"
 
 
 if __name__ == "__main__":

@@ -78,7 +78,15 @@ def learning_weights(omega, place, label, ramp, least_pixel=0.2, least_place=0.5
 
 
 def _demo():
-    """A street of two classes with a thin pole and a wrongly labelled region: who loses the weight?"""
+    """The step on paper of exercises.md; then a street with a thin pole and a wrongly labelled region: who loses weight?"""
+    q, label = torch.tensor([[0.8, 0.2], [0.75, 0.25], [0.9, 0.1]]), torch.tensor([[[0, 1, 1]]])
+    omega = reliability(q.log().T.view(1, 2, 1, 3), label)
+    place = place_reliability(omega, label, side=3)
+    weight = learning_weights(omega, place, label, ramp=0.5)
+    seg = (weight * F.nll_loss(q.log(), label.flatten(), reduction="none")).sum() / weight.sum()
+    print("on paper:", *(f" {name} " + " ".join(f"{x:.2f}" for x in value.flatten())
+                         for name, value in dict(omega=omega, place=place, weight=weight).items()), f"  L_seg {seg:.3f}")
+
     torch.manual_seed(0)
     truth = torch.zeros(1, 32, 64, dtype=torch.long)
     truth[:, :, 10:12] = 1  # a pole
