@@ -13,7 +13,10 @@ A table says how much; a figure says what. Each of them asks one question of the
 
 Shapes    image (H, W, 3) uint8     label, pred (H, W) uint8, train ids, 255 = void     omega, w (H, W) in [0, 1]
 
-Not here: scores (evaluate.py), the figure of the bound (bound.py). Run `python figures.py` for a demonstration in seconds.
+Not here: scores (evaluate.py), the bound (bound.py). `python figures.py` prints
+    Source pixels that lose their weight (2 scenes): 100.0% of the harmful ones, 0.0% of the others
+    figure: ...reliability.png
+    Notice: so it would be if the network doubted just the harmful pixels.
 """
 
 import sys
@@ -228,11 +231,11 @@ def main(args):
 
 
 def _demo():
-    """A made-up opinion that doubts just the harmful pixels of two drawn scenes, drawn and scored."""
     drawn = [toy.draw("toy-gta5", "train", index, harmful=1.0) for index in range(2)]
     with tempfile.TemporaryDirectory() as folder:
         scenes = [(*scene, np.where(scene[2], 0.2, 0.8), 1.0 - scene[2]) for scene in drawn]
         shares = figure_reliability(Path(folder) / "reliability.png", scenes)
+    print("Notice: so it would be if the network doubted just the harmful pixels.")
     assert shares == [1, 0], "all that is harmful is found, and nothing else"
 
 

@@ -165,8 +165,3 @@ def test_pictures_of_ones_own_get_overlays(run, net, otp, tmp_path, asked):
         assert (run[0] / f"overlay_street{end}.png").is_file()
     with pytest.raises(SystemExit, match="test_figures.py is no picture"):
         command(run[0], "--images", __file__, "--device", "cpu")
-
-
-def test_the_demonstration_needs_no_run(capsys):
-    command()
-    assert "100.0% of the harmful ones, 0.0% of the others" in capsys.readouterr().out
