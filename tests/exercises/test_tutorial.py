@@ -1,4 +1,4 @@
-"""What exercises.md says is true: its step on paper is the step of the code."""
+"""What exercises.md says is true: its step on paper is the step of the code, its eight lines work in networks of others."""
 
 import re
 from pathlib import Path
@@ -6,9 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision.models.segmentation as zoo
+from torch.nn.functional import cross_entropy
 
 import align
 import ppar
+import prototypes
 import reweight
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,3 +50,26 @@ def test_the_step_on_paper_is_the_step_of_the_code_and_both_demonstrations_print
     by_align, by_reweight = re.findall(r"on paper.*", capsys.readouterr().out)
     assert " ".join(each) in by_align and f"L_align {losses[1]}" in by_align
     assert all(" ".join(column) in by_reweight for column in (omega, place, weight)) and f"L_seg {losses[0]}" in by_reweight
+
+
+@pytest.mark.parametrize("name, channels", [("deeplabv3_resnet50", 2048), ("lraspp_mobilenet_v3_large", 960)])
+def test_the_eight_lines_train_a_segmentation_network_of_torchvision(name, channels):
+    lines = re.search(r"```python\n(.*?)```", TEXT, re.S)[1]
+    torch.manual_seed(0)
+    net, project, maps = getattr(zoo, name)(weights=None, weights_backbone=None, num_classes=3), torch.nn.Conv2d(channels, 8, 1), []
+    net.backbone.register_forward_hook(lambda module, image, out: maps.append([*out.values()][-1]))
+    otp, label = prototypes.random_prototypes(3, 8), torch.randint(0, 3, (2, 32, 64))
+    label[:, :5] = 255
+    vtp = prototypes.visual_text_prototypes(otp, torch.randn(2, 8, 4, 6), tau=0.07)
+    for step, goal in ((0, otp), (10, vtp)):  # the two ends of the ramp
+        net.zero_grad(), project.zero_grad()
+        logits = (1 + step) * net(torch.randn(2, 3, 32, 64))["out"]  # certain of itself in the end
+        at = dict(features=maps[-1], logits=logits, label=label, step=step, steps=10, otp=otp, vtp=vtp, project=project)
+        exec(lines, at | dict(align=align, reweight=reweight, cross_entropy=cross_entropy), at)
+        seg = cross_entropy(logits, label, ignore_index=255, reduction="none")
+        pull = align.alignment_loss(at["emb"], at["grid"], goal, 0.07, align.labels_on_grid(at["weight"], at["emb"]))
+        torch.testing.assert_close(at["loss"], (at["weight"] * seg).sum() / at["weight"].sum() + pull)
+        assert set(at["weight"][label != 255].tolist()) == ({1.0} if step == 0 else {0.0, 1.0}) and not at["weight"][label == 255].any()
+        at["loss"].backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for module in (net, project) for p in module.parameters())
+    assert len(lines.strip().split("\n")) == 8
