@@ -11,7 +11,10 @@ not write must be refused before any of it runs.
     load     compare check sums, unpickle weights alone, rebuild the network from `arch`, load every tensor strictly
 
 Not here: when a run is saved (train.py), results.json (evaluate.py). torch is imported inside the functions, so that
-`--help` answers at once. Run `python checkpoint.py` for a demonstration in seconds.
+`--help` answers at once. `python checkpoint.py` prints
+    RUN/run.json could not be written (no space left on device): the file before it is untouched; ...
+    after it: ['{', '"step":', '1', '}'] ['run.json']
+    Notice: the file holds what it held before the crash, and no half of a new one lies beside it.
 """
 
 import argparse
@@ -287,7 +290,6 @@ def one_sentence(folder):
 
 
 def _demo():
-    """A crash in the middle of a write leaves the old file as it was."""
     def crash(file):
         file.write(b'{"step"')
         raise OSError("no space left on device")
@@ -300,6 +302,7 @@ def _demo():
         except UserError as error:
             print(str(error).replace(folder, "RUN"))
         print("after it:", path.read_text().split(), os.listdir(folder))
+        print("Notice: the file holds what it held before the crash, and no half of a new one lies beside it.")
         assert json.loads(path.read_text()) == dict(step=1) and os.listdir(folder) == ["run.json"]
 
 

@@ -17,7 +17,11 @@ Shapes
     prob    (1, K, H, W)                            conf         (K, K) int64
 
 Not here: figures (figures.py), the terms of the bound (bound.py), training (train.py).
-`python evaluate.py RUN` scores a finished run again. Run `python evaluate.py` for a demonstration in seconds.
+`python evaluate.py RUN` scores a finished run again; `python evaluate.py` prints
+    conf [[93, 1], [4, 2]]: IoU 93/98 and 2/7, mIoU 0.617
+    one table for two images: mIoU 0.667; the mean of their mIoUs would say 0.750
+    a network that looks at single pixels sees the same in whole images and in windows: True
+    Notice: a data set has one table, so its score is not the mean over its images.
 """
 
 import argparse
@@ -64,9 +68,8 @@ from model import pad
 def confusion_matrix(pred, label, num_classes):
     """Pixels by (truth, prediction): (K, K) int64, rows truth. Arrays or tensors of any one shape; label 255 is void.
 
-    One count over the 16-bit index 256 * label + pred. 16 bits, because K * label + pred overflows uint8 without a
-    word; all 256 x 256 cells, because then void needs no mask (it is row 255) and an id that is no class shows up in
-    a row or column where nothing may be.
+    One count over the 16-bit index 256 * label + pred. 16 bits, because K * label + pred overflows uint8 without a word; all 256 x 256
+    cells, because then void needs no mask (it is row 255) and an id that is no class shows up in a row or column where nothing may be.
     """
     pred, label = _ids(pred), _ids(label)
     if pred.shape != label.shape:
@@ -317,9 +320,8 @@ def main(args):
 
 
 def _demo():
-    """Two classes and four numbers by hand, then a made-up scorer that windows, mirrors and all must not change."""
     conf = torch.tensor([[93, 1], [4, 2]])
-    print(f"conf {conf.tolist()}: IoU 93/98 and 2/7 = {iou(conf).tolist()}, mIoU {mean_iou(conf):.4f}")
+    print(f"conf {conf.tolist()}: IoU 93/98 and 2/7, mIoU {mean_iou(conf):.3f}")
     assert abs(mean_iou(conf) - (93 / 98 + 2 / 7) / 2) < 1e-12
 
     images = [([0, 0, 0, 0], [0, 0, 0, 0]), ([1, 0, 0, 0], [1, 1, 0, VOID])]  # (prediction, label)
@@ -330,6 +332,7 @@ def _demo():
     image = torch.randn(3, 50, 70, generator=torch.Generator().manual_seed(0))
     whole, windows = (predict(lambda x: x.log_softmax(1), image, (50, 70), slide=slide, flip=True) for slide in (0, 32))
     print(f"a network that looks at single pixels sees the same in whole images and in windows: {(whole == windows).all()}")
+    print("Notice: a data set has one table, so its score is not the mean over its images.")
     assert (whole == windows).all()
 
 

@@ -15,8 +15,10 @@ Shapes
     emb     (B, D, h, w)    dense embedding of an image by CLIP as it came; zbar_bi is its direction at cell i
     vtp     (B, K, D)       unit rows, one set per image
 
-Not here: what pixels do with the prototypes (align.py), how far each pixel is believed (reweight.py).
-This file needs torch, and clip for Eq. 1 alone. Run `python prototypes.py` for a demonstration in seconds.
+Not here: what pixels do with them (align.py). Needs torch, and clip for Eq. 1 alone. `python prototypes.py` prints
+    mean distance of a pixel to the OTP 0.83, to the VTP 0.67
+    how far each class moved: 0.22 0.40 0.41 0.08
+    Notice: the VTP is nearer to the pixels; that of the last class, which is in no image, has hardly moved.
 """
 
 import torch
@@ -106,7 +108,6 @@ def visual_text_prototypes(otp, emb, tau, beta=0.7, kappa=0.02):
 
 
 def _demo():
-    """Pixels that live apart from the text, as CLIP's do: the VTP of what an image shows is nearer to them than the OTP."""
     torch.manual_seed(0)
     otp = random_prototypes(4, 16)
     shift = F.normalize(torch.randn(16), dim=0)
@@ -116,8 +117,9 @@ def _demo():
     to_otp = (emb - otp[label]).norm(dim=-1).mean()
     to_vtp = (emb - torch.stack([p[y] for p, y in zip(vtp, label)])).norm(dim=-1).mean()
     moved = (vtp - otp).norm(dim=-1).mean(dim=0)
-    print(f"mean distance of a pixel to the OTP {to_otp:.3f}, to the VTP {to_vtp:.3f}")
-    print("how far each class moved:", " ".join(f"{x:.2f}" for x in moved), "  (the last one is in no image)")
+    print(f"mean distance of a pixel to the OTP {to_otp:.2f}, to the VTP {to_vtp:.2f}")
+    print("how far each class moved:", " ".join(f"{x:.2f}" for x in moved))
+    print("Notice: the VTP is nearer to the pixels; that of the last class, which is in no image, has hardly moved.")
     assert to_vtp < 0.9 * to_otp and moved[3] < 0.5 * moved[:3].min()
 
 

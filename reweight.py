@@ -1,27 +1,27 @@
 """reweight.py: a source label loses its weight where the network doubts it, and most of the labels around it.
 
-Not every source pixel teaches something that holds elsewhere. Some are labelled wrongly, some show what occurs in the
-source alone, and fitting them hard is negative transfer. A second opinion tells who they are: what the network says of
-the pixel, prototypes and decoder together.
+Not every source pixel teaches something that holds elsewhere. Some are labelled wrongly, some show what occurs in the source alone,
+and fitting them hard is negative transfer. A second opinion tells who they are: the network's own prediction.
 
-A label that is doubted is not yet a wrong one. Thin poles, borders and rare classes are doubted, too, and from them the
-labels teach most. But they are doubted pixel by pixel, amid surroundings that are believed, where wrong labels come
-in regions: whole polygons, whole objects, whole frames. So a pixel loses its weight where its place is doubted with it.
+A label that is doubted is not yet a wrong one. Thin poles, borders and rare classes are doubted, too, and from them the labels teach
+most. But they are doubted pixel by pixel, amid surroundings that are believed, where wrong labels come in regions: whole polygons,
+objects, frames. So a pixel loses its weight where its place is doubted with it.
 
     Eq. 5   omega_i = q_i[y_i] / max_c q_i[c]                          reliability, in [0, 1]: 1 where the label is foremost
             R_i = mean of omega over the labelled pixels around i      reliability of the place
     Eq. 6   w_i = 1 - ramp * [omega_i < 0.2 and R_i < 0.5]             learning weight, in [0, 1]
 
-q_i are the probabilities of the classes at pixel i (ppar.py makes them of the decoder and of the OTP), y_i its label.
-
 Shapes
-    logits   (B, K, h, w)       log q, up to a constant for each pixel; on the grid of the label, or on a coarser one
-    label    (B, H, W) int64    0 .. K-1, 255 = void
-    omega    (B, H, W)          in [0, 1], 0 on void
-    weight   (B, H, W)          w, in [0, 1], 0 on void, no gradient
+    logits         (B, K, h, w)       log q, up to a constant for each pixel; on the grid of the label, or on a coarser one
+    label          (B, H, W) int64    y: 0 .. K-1, 255 = void
+    omega, weight  (B, H, W)          in [0, 1], 0 on void, no gradient
 
-Not here: what is weighted with it (ppar.py, Eq. 7), and how well it finds wrong labels (figures.py).
-This file needs torch alone. Run `python reweight.py` for a demonstration in seconds.
+Not here: what is weighted (ppar.py), how well wrong labels are found (figures.py). Needs torch alone. `python reweight.py` prints
+    on paper:  omega 1.00 0.33 0.11  place 0.67 0.48 0.22  weight 1.00 1.00 0.50   L_seg 1.104
+    clean pixels  omega 1.00   place 0.93   weight 1.00
+    the pole      omega 0.01   place 0.78   weight 1.00
+    wrong region  omega 0.02   place 0.25   weight 0.11
+    Notice: pole and wrong region are doubted alike, pixel by pixel; their places tell them apart.
 """
 
 import torch
@@ -78,7 +78,15 @@ def learning_weights(omega, place, label, ramp, least_pixel=0.2, least_place=0.5
 
 
 def _demo():
-    """A street of two classes with a thin pole and a wrongly labelled region: who loses the weight?"""
+    """The step on paper of exercises.md; then a street with a thin pole and a wrongly labelled region: who loses weight?"""
+    q, label = torch.tensor([[0.8, 0.2], [0.75, 0.25], [0.9, 0.1]]), torch.tensor([[[0, 1, 1]]])
+    omega = reliability(q.log().T.view(1, 2, 1, 3), label)
+    place = place_reliability(omega, label, side=3)
+    weight = learning_weights(omega, place, label, ramp=0.5)
+    seg = (weight * F.nll_loss(q.log(), label.flatten(), reduction="none")).sum() / weight.sum()
+    print("on paper:", *(f" {name} " + " ".join(f"{x:.2f}" for x in value.flatten())
+                         for name, value in dict(omega=omega, place=place, weight=weight).items()), f"  L_seg {seg:.3f}")
+
     torch.manual_seed(0)
     truth = torch.zeros(1, 32, 64, dtype=torch.long)
     truth[:, :, 10:12] = 1  # a pole
@@ -92,6 +100,7 @@ def _demo():
     weight = learning_weights(omega, place, label, ramp=1.0)
     for name, where in (("clean pixels", (truth == 0) & ~wrong), ("the pole", truth == 1), ("wrong region", wrong)):
         print(f"{name:12s}  omega {omega[where].mean():.2f}   place {place[where].mean():.2f}   weight {weight[where].mean():.2f}")
+    print("Notice: pole and wrong region are doubted alike, pixel by pixel; their places tell them apart.")
     assert weight[wrong].mean() < 0.2 and weight[truth == 1].mean() > 0.9
 
 

@@ -16,7 +16,10 @@ Shapes
     image    (H, W, 3) uint8     label    (H, W) uint8: train ids, 255 = void     wrong    (H, W) bool: see _spoil
 
 Not here: the miniature CLIP (toy_clip.py), the table of data sets (data.py), a picture of all domains (figures.py).
-Run `python toy.py` for a demonstration in seconds: how far colour alone gets in each domain.
+`python toy.py` prints how far colour alone gets in each domain:
+    toy-gta5        0.92 of the pixels named by their colour in the source
+    ...
+    Notice: in the source colour gives the class away, elsewhere it does not: whoever learns colours fails.
 """
 
 import functools
@@ -234,8 +237,7 @@ class Scene:
             faces = [(DARK, w, .55, .8), (BODY, w, .9, tall), (BODY, .05, .95, tall, 1, .5),
                      (BODY, w, tall - .12, tall, 1, .5), (BODY, w, .9, 1.02, 1, .5)]
         else:  # from ahead: the cab before the box
-            faces = [(BODY, w, .9, tall, 1, .9), (ACCENT, 1.1, .45, 2.6), (GLASS, .95, 1.55, 2.35),
-                     (DARK, .6, .75, 1.25)]
+            faces = [(BODY, w, .9, tall, 1, .9), (ACCENT, 1.1, .45, 2.6), (GLASS, .95, 1.55, 2.35), (DARK, .6, .75, 1.25)]
         end = [(DARK, .25, 0, .95, 1, 1, (-.85, .85)), *faces, (LAMP, .17, .62, .85, 1, 1, (-.92, .92))]
         self.vehicle(TRUCK, x, z, w, long, (.2, .3), sides, (.48, 1, 2.1, long - 1), end)
 
@@ -268,8 +270,7 @@ class Scene:
         hip, neck = y + 0.48 * tall, y + 0.84 * tall
         for foot in (lean, -lean * 0.9) if walks else ():
             self.face(LEGS, [(-.15, hip), (.15, hip), (foot + .08, y), (foot - .08, y)])
-        self.face(BODY, [(-.17, hip - .06), (.17, hip - .06), (.25, neck - .1), (.12, neck), (-.12, neck),
-                         (-.25, neck - .1)])
+        self.face(BODY, [(-.17, hip - .06), (.17, hip - .06), (.25, neck - .1), (.12, neck), (-.12, neck), (-.25, neck - .1)])
         for arm in (-1, 1) if walks else ():
             self.rod(BODY, arm * 0.25, neck - 0.1, arm * (0.3 + abs(lean) * 0.5), hip, 0.11)
         self.disc(SKIN, 0, neck + 0.15, 0.115, 0.15)
@@ -294,8 +295,7 @@ class Scene:
             for bar in () if motor else ((-.58, .38, -.2, .85), (-.2, .85, .42, .8), (.42, .8, .58, .38),
                                          (-.1, .38, .42, .8), (-.58, .38, -.1, .38), (.38, 1.02, .48, .8)):
                 self.rod(BODY, *bar, .07)
-            limbs = [(LEGS, -.15, .95, .22, .62, .2), (LEGS, .22, .62, .02, .28, .15),
-                     (BODY, -.15, 1.35, .38, 1.05, .12, .85)]
+            limbs = [(LEGS, -.15, .95, .22, .62, .2), (LEGS, .22, .62, .02, .28, .15), (BODY, -.15, 1.35, .38, 1.05, .12, .85)]
         else:
             self.front(DARK, .1 if motor else .05, 0, .75)
             self.front(BODY, .25 if motor else .07, .4, .9, .7)
@@ -627,8 +627,7 @@ def draw(domain, split, index, seed=0, harmful=0.0, look=None):
     look       paint the scene in another domain's look: same geometry, same label
     """
     own = DOMAINS[domain]
-    geometry, painting, spoiling = (
-        np.random.default_rng([own["number"], SPLITS[split], index, seed, k]) for k in range(3))
+    geometry, painting, spoiling = (np.random.default_rng([own["number"], SPLITS[split], index, seed, k]) for k in range(3))
     scene = Scene(geometry, {**STREET, **own["layout"]})
     image = paint(painting, scene, DOMAINS[look or domain]["look"])
     label = scene.column(0).astype(np.uint8)
@@ -660,7 +659,6 @@ def _spoil(rng, image, label):
 
 
 def _demo(scenes=12):
-    """Colour alone: the class that most often has a colour in the source, asked about other pixels."""
     def seen(domain, split, count):
         image, label, _ = map(np.stack, zip(*(draw(domain, split, index) for index in range(count))))
         return (image // 16) @ np.array([256, 16, 1]), label  # 4096 colours
@@ -671,6 +669,7 @@ def _demo(scenes=12):
         colour, label = seen(domain, "val", scenes)
         score[domain] = (counts[:, :19].argmax(1)[colour] == label)[label != VOID].mean()
         print(f"{domain:15s} {score[domain]:.2f} of the pixels named by their colour in the source")
+    print("Notice: in the source colour gives the class away, elsewhere it does not: whoever learns colours fails.")
     source, *targets = score.values()
     assert source > np.mean(targets) + .3, "the source's colours must not carry over: else there is no gap"
     return score

@@ -12,8 +12,10 @@ Shapes
     images   (384, 32, 32, 3) uint8    tokens   (texts, 24) captions, each once    which   (384,) image -> its caption
 
 Not here: the world (toy.py), loading (model.load_clip("toy")), the prompts of the method (prototypes.py).
-Run `python toy_clip.py` for a check on a few crops in seconds, with --check for the figures to quote, with --train to
-make the file again (minutes).
+With --train it makes the file again (minutes), with --check it prints the figures to quote; `python toy_clip.py` prints
+    ...
+      all domains     native 0.54  zoom 0.57  cut 0.7...  of 1584 crops
+    Notice: it names things in looks that it has never seen, ten times as often as chance would.
 """
 
 import argparse
@@ -196,8 +198,9 @@ def check_clip(path=model.TOY_CLIP, scenes=15):
           "zoom: enlarged, cut: cut to the object")
     rows = dict(zip(toy.DOMAINS, counts.sum(3))) | {CLASSES[c]: counts[..., c].sum(0) for c in toy.CLASSES}
     for name, row in (rows | {"all domains": counts.sum((0, 3))}).items():
-        top1 = "  ".join(f"{mode} {right / total:.3f}" for mode, (right, total) in zip(MODES, row))
+        top1 = "  ".join(f"{mode} {right / total:.2f}" for mode, (right, total) in zip(MODES, row))
         print(f"  {name:15s} {top1}  of {row[:, 1].sum():.0f} crops")
+    print("Notice: it names things in looks that it has never seen, ten times as often as chance would.")
 
 
 def main():

@@ -1,8 +1,10 @@
-"""pictures.py: the two pictures at the top of the README, drawn from two finished runs.
+"""pictures.py: the committed pictures, but for those of a run (figures.py): two of two finished runs, one of the drawn world.
 
     python train.py --out runs/full && python train.py --method erm --out runs/erm
     python results/pictures.py runs/full runs/erm
+    python results/pictures.py
 
+gallery.png  the drawn domains, three scenes of each beside their labels
 strip.png    one scene of an unseen domain: image, truth, the baseline's prediction, the method's
 method.png   one source scene in CLIP's space: its cells (Eq. 6 as size), both prototypes of each class (Eq. 1 and 2), and
              the path of the goal from one to the other (Eq. 4), in the plane of the largest variance of all of them
@@ -25,6 +27,14 @@ import figures  # noqa: E402
 import ppar  # noqa: E402
 import toy  # noqa: E402
 from evaluate import make_scorer, predict  # noqa: E402
+
+
+def gallery(path):
+    """One line a domain."""
+    rows = [{f"{name} {k}": array for k in range(3) for name, array in zip(("scene", "label"), toy.draw(domain, "val", k))}
+            for domain in toy.DOMAINS]
+    names = " / ".join(name.removeprefix("toy-") for name in toy.DOMAINS)
+    return figures.figure_predictions(path, rows, names, inches=2)
 
 
 def strip(path, run, baseline, domain="toy-snow", index=5):
@@ -70,14 +80,16 @@ def method(path, run, index=3, least=6):
     return path
 
 
-def main(full, baseline):
+def main(*runs):
+    if not runs:
+        return gallery(ROOT / "results" / "gallery.png")
     with torch.no_grad():
-        full, baseline = (checkpoint.load_run(folder) for folder in (full, baseline))
-        print(strip(ROOT / "results" / "strip.png", full, baseline))
-        print(method(ROOT / "results" / "method.png", full))
+        full, baseline = map(checkpoint.load_run, runs)
+        strip(ROOT / "results" / "strip.png", full, baseline)
+        print("figure:", method(ROOT / "results" / "method.png", full))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("give two run folders, of the full method and of the baseline: see the head of this file.")
+    if len(sys.argv) not in (1, 3):
+        sys.exit("give two run folders, of the full method and of the baseline, or none: see the head of this file.")
     main(*sys.argv[1:])

@@ -347,8 +347,3 @@ def test_help_and_a_misspelt_flag_are_answered_before_torch_is_imported(door, tm
         done = subprocess.run([sys.executable, Path(evaluate.__file__).with_name(door), flag], capture_output=True, text=True, check=False,
                               env={**os.environ, "PYTHONPATH": str(tmp_path)})
         assert done.returncode == status and "usage" in done.stdout + done.stderr
-
-
-def test_without_arguments_the_demonstration_runs(capsys):
-    command()
-    assert "0.6173" in capsys.readouterr().out

@@ -166,12 +166,3 @@ def test_pictures_of_ones_own_get_overlays(run, net, otp, tmp_path, asked):
         assert (run[0] / f"overlay_street{end}.png").is_file()
     with pytest.raises(SystemExit, match="test_figures.py is no picture"):
         command(run[0], "--images", __file__, "--device", "cpu")
-
-
-def test_the_gallery_and_the_demonstration_need_no_run(tmp_path, asked, capsys):
-    command("--gallery", tmp_path / "gallery.png")
-    for domain, row in zip(toy.DOMAINS, asked["gallery.png"][0], strict=True):
-        want = [array for k in range(3) for array in toy.draw(domain, "val", k)[:2]]
-        assert all((a == b).all() for a, b in zip(row.values(), want, strict=True)), domain
-    command()
-    assert "100.0% of the harmful ones, 0.0% of the others" in capsys.readouterr().out

@@ -577,7 +577,7 @@ def test_measuring_a_run_writes_every_term_and_finds_no_violation(tiny, capsys, 
     before = {name: value.clone() for name, value in run.ppar.state_dict().items()}
     report = bound.measure_run(run)
     stored, said = json.loads((run.path / "bound.json").read_text()), capsys.readouterr().out
-    assert stored == report and (run.path / "bound.png").stat().st_size > 10000
+    assert stored == report
     held_out, first = source != ["no-val"], stored["domains"]["source"]
     assert list(stored["domains"]) == ["source", *["source held out"] * held_out, *run.config.targets]
     assert ("no held-out source row" in said) is not held_out
@@ -609,8 +609,3 @@ def test_a_violation_is_reported_and_not_hidden(tiny, capsys, monkeypatch):
     rows = bound.measure_run(run, 2)["domains"].values()
     assert all(row["holds"] is False and row["images"] == 2 for row in rows)
     assert "NO: a bug" in capsys.readouterr().out
-
-
-def test_demonstration(capsys):
-    bound._demo()
-    assert "right_direct" in capsys.readouterr().out

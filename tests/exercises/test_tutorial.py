@@ -1,0 +1,75 @@
+"""What exercises.md says is true: its step on paper is the step of the code, its eight lines work in networks of others."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torchvision.models.segmentation as zoo
+from torch.nn.functional import cross_entropy
+
+import align
+import ppar
+import prototypes
+import reweight
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "exercises.md").read_text(encoding="utf-8")
+
+
+def test_the_step_on_paper_is_the_step_of_the_code_and_both_demonstrations_print_it(capsys):
+    table = [line.strip("| ").split(" | ") for line in TEXT.split("\n") if re.match(r"\| \d \| \d \|", line)]
+    _, label, q, omega, place, weight, nll, z, cosine, each = zip(*table, strict=True)
+    label = torch.tensor([[list(map(int, label))]])  # (1, 1, 3)
+    q, emb = (torch.tensor([[float(x) for x in cell.split(",")] for cell in column]).T[None, :, None] for column in (q, z))
+    otp, vtp = torch.eye(2, 3), torch.tensor([[[0.28, 0, 0.96], [0, 1, 0]]])
+
+    def printed(digits, values):
+        return tuple(f"{x:.{digits}f}" for x in values.flatten().tolist())
+
+    reliable = reweight.reliability(q.log(), label)
+    assert (omega, place) == (printed(2, reliable), printed(2, reweight.place_reliability(reliable, label, side=3)))
+    assert nll == printed(3, torch.nn.functional.nll_loss(q.log(), label, reduction="none"))
+    cosines = align.cosine_similarity_map(emb, align.goal(otp, vtp, 0.5))[0, :, 0].T
+    assert cosine == tuple(", ".join(f"{round(x, 3) + 0:g}" for x in pair) for pair in cosines.tolist())
+    assert each == printed(3, align.alignment_map(emb, label, align.goal(otp, vtp, 0.5), tau=0.5))
+
+    out, losses = ppar.Output(q.log(), emb, vtp), []
+    for believed in (True, False):
+        config = SimpleNamespace(steps=2, ramp=(0, 1), align="progressive", reweight=believed, balance=0, w_align=1, tau=0.5,
+                                 text_weight=0)
+        terms, at = ppar.objective(out, otp, label, config, step=1)
+        assert at == pytest.approx(dict(lam=0.5, ramp=0.5))
+        losses += [f"{terms['seg']:.3f}", f"{terms['align']:.3f}"]
+    config.reweight = True
+    assert weight == printed(2, ppar.learning_weights(out, otp, label, config, ramp=0.5))
+    assert re.findall(r"\*\*(\d\.\d{3})\*\*", TEXT) == losses
+
+    align._demo(), reweight._demo()
+    by_align, by_reweight = re.findall(r"on paper.*", capsys.readouterr().out)
+    assert " ".join(each) in by_align and f"L_align {losses[1]}" in by_align
+    assert all(" ".join(column) in by_reweight for column in (omega, place, weight)) and f"L_seg {losses[0]}" in by_reweight
+
+
+@pytest.mark.parametrize("name, channels", [("deeplabv3_resnet50", 2048), ("lraspp_mobilenet_v3_large", 960)])
+def test_the_eight_lines_train_a_segmentation_network_of_torchvision(name, channels):
+    lines = re.search(r"```python\n(.*?)```", TEXT, re.S)[1]
+    torch.manual_seed(0)
+    net, project, maps = getattr(zoo, name)(weights=None, weights_backbone=None, num_classes=3), torch.nn.Conv2d(channels, 8, 1), []
+    net.backbone.register_forward_hook(lambda module, image, out: maps.append([*out.values()][-1]))
+    otp, label = prototypes.random_prototypes(3, 8), torch.randint(0, 3, (2, 32, 64))
+    label[:, :5] = 255
+    vtp = prototypes.visual_text_prototypes(otp, torch.randn(2, 8, 4, 6), tau=0.07)
+    for step, goal in ((0, otp), (10, vtp)):  # the two ends of the ramp
+        net.zero_grad(), project.zero_grad()
+        logits = (1 + step) * net(torch.randn(2, 3, 32, 64))["out"]  # certain of itself in the end
+        at = dict(features=maps[-1], logits=logits, label=label, step=step, steps=10, otp=otp, vtp=vtp, project=project)
+        exec(lines, at | dict(align=align, reweight=reweight, cross_entropy=cross_entropy), at)
+        seg = cross_entropy(logits, label, ignore_index=255, reduction="none")
+        pull = align.alignment_loss(at["emb"], at["grid"], goal, 0.07, align.labels_on_grid(at["weight"], at["emb"]))
+        torch.testing.assert_close(at["loss"], (at["weight"] * seg).sum() / at["weight"].sum() + pull)
+        assert set(at["weight"][label != 255].tolist()) == ({1.0} if step == 0 else {0.0, 1.0}) and not at["weight"][label == 255].any()
+        at["loss"].backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for module in (net, project) for p in module.parameters())
+    assert len(lines.strip().split("\n")) == 8
