@@ -224,8 +224,3 @@ def test_a_device_is_the_best_that_is_here_or_the_one_that_was_asked_for(gpus, b
     for name in ("meta", "cuda:2", "abacus"):
         with pytest.raises(UserError, match=f"--device {name} cannot be used here: choose from {choice}."):
             checkpoint.choose_device(name)
-
-
-def test_the_demonstration_shows_the_old_file_after_a_crash(capsys):
-    checkpoint._demo()
-    assert "untouched" in capsys.readouterr().out

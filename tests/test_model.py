@@ -333,8 +333,3 @@ def test_no_tensor_stays_on_the_cpu_when_the_network_is_on_another_device(kind, 
         sum(terms.values()).backward()
     assert {t.device.type for t in (*out, *terms.values())} == {"meta"} and set(terms) == {"seg", "align"}
     assert {p.grad.device.type for p in module.parameters() if p.requires_grad} == {"meta"}
-
-
-def test_the_demonstration_of_model_runs(capsys):
-    model._demo()
-    assert "off CLIP's last layer by" in capsys.readouterr().out

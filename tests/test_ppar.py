@@ -241,8 +241,3 @@ def test_a_look_at_a_picture_pads_the_label_with_void_and_a_cell_has_the_label_o
     assert (padded[0, 50:] == 255).all() and (padded[0, :, 70:] == 255).all()
     assert out.emb.shape[2:] == grid.shape[1:] == (4, 6) and grid.device == CPU and not out.emb.requires_grad
     assert torch.equal(grid[0, :3, :4], label[8:50:16, 8:70:16])
-
-
-def test_the_demonstration_shows_the_wrong_label_losing_its_weight(capsys):
-    ppar._demo()
-    assert [line[:6] for line in capsys.readouterr().out.splitlines()] == ["lambda"] * 3

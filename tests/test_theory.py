@@ -613,8 +613,3 @@ def test_a_violation_is_reported_and_not_hidden(tiny, capsys, monkeypatch):
     rows = bound.measure_run(run, 2)["domains"].values()
     assert all(row["holds"] is False and row["images"] == 2 for row in rows)
     assert "NO: a bug" in capsys.readouterr().out
-
-
-def test_demonstration(capsys):
-    bound._demo()
-    assert "right_direct" in capsys.readouterr().out
