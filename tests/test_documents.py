@@ -342,13 +342,16 @@ def test_the_house_keeps_its_sizes():
     assert len(dataclasses.fields(train.Config)) <= 34
 
 
-@pytest.mark.parametrize("name", LIFTABLE)
-def test_an_idea_copied_alone_into_an_empty_folder_still_runs(name, tmp_path):
+@pytest.mark.parametrize("name, needs", [
+    ("prototypes", {("", "torch"), ("    ", "clip")}),  # CLIP's tokenizer within Eq. 1 alone
+    ("align", {("", "math"), ("", "torch")}), ("reweight", {("", "torch")})])
+def test_an_idea_needs_torch_alone_and_its_demonstration_runs_in_an_empty_folder(name, needs, tmp_path):
+    assert set(re.findall(r"^( *)(?:import|from) (\w+)", read(f"{name}.py"), re.M)) == needs
     shutil.copy(ROOT / f"{name}.py", tmp_path)  # -I: it sees nothing but the installed packages
     done = subprocess.run([sys.executable, "-I", f"{name}.py"], cwd=tmp_path, capture_output=True, text=True, timeout=600,
                           check=False, env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.strip().splitlines()) >= 2, "a demonstration prints what it shows"
+    assert "Notice: " in done.stdout, "a demonstration says what it shows"
 
 
 KINDS = {".py", ".md", ".mjs", ".txt", ".toml", ".cfg", ".yml", ".csv"}

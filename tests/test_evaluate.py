@@ -136,17 +136,18 @@ def test_every_pixel_gets_the_mean_of_the_probabilities_of_the_windows_that_see_
         assert clear.mean() > 0.99 and (pred == want.argmax(0))[clear].all()
 
 
-def test_the_scale_acts_on_the_input_and_the_scores_return_to_the_labels_size():
-    image, sizes = picture(40, 60), []
+@pytest.mark.parametrize("rows, scale, size", [(40, 0.5, (20, 30)), (40, 2, (80, 120)), (3, 0.1, (1, 6))])
+def test_the_scale_acts_on_the_input_and_the_scores_return_to_the_labels_size(rows, scale, size):
+    image, sizes = picture(rows, 60), []
 
     def by_pixel(window):
         sizes.append(tuple(window.shape[2:]))
         return window.log_softmax(1)
 
-    pred = predict(by_pixel, image, (80, 90), scale=0.5)
-    assert sizes == [(20, 30)] and pred.shape == (80, 90)
-    small = F.interpolate(image[None], size=(20, 30), mode="bilinear", antialias=True)
-    prob = F.interpolate(small.softmax(1), size=(80, 90), mode="bilinear")[0]
+    pred = predict(by_pixel, image, (80, 90), scale=scale)
+    assert sizes == [size] and pred.shape == (80, 90)
+    other = F.interpolate(image[None], size=size, mode="bilinear", antialias=True)
+    prob = F.interpolate(other.softmax(1), size=(80, 90), mode="bilinear")[0]
     assert (pred == prob.argmax(0).numpy()).mean() > 0.999  # the probabilities are resized, not the classes
 
 
@@ -261,7 +262,7 @@ def printed(capsys, *results):
 
 def test_the_printed_table_has_classes_as_rows_and_targets_and_their_mean_as_columns(tmp_path, capsys):
     lines, rows = printed(capsys, written(tmp_path))
-    assert lines[0].split() == ["IoU", "in", "%", "bdd", "cityscapes", "gta5*", "mean"] and lines[1] == lines[21] == "-" * len(lines[0])
+    assert lines[0] == "IoU in %           bdd  cityscapes   gta5*    mean" and lines[1] == lines[21] == "-" * len(lines[0])
     assert [line[:14].strip() for line in lines[2:21]] == list(data.CLASSES)
     assert rows["road"] == ["71.4", "90.0", "100.0", "80.7"] and rows["sky"] == ["-"] * 4 and rows["images"] == ["3", "4", "5"]
     assert "not part of the mean" in lines[-2] and "input scale 1.0" in lines[-1] and "last" in lines[-1]
@@ -307,7 +308,8 @@ def test_a_finished_run_is_scored_again_by_command(run, net, otp, capsys):
     conf = evaluate.evaluate_dataset(scorer(net, otp, 0.25), items, protocol=dict(slide=32, flip=True))
     assert results["targets"]["bdd"]["miou"] == pytest.approx(100 * mean_iou(conf)) and results["targets"]["bdd"]["images"] == 3
     assert results["evaluation_size"] == "label's full size; input scale 1.0, slide 32/21, flip averaged"
-    assert results["run"] == "run" and "bicycle" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert results["run"] == "run" and "bicycle" in said.out and "bdd: 100%" in said.err
     assert sorted(path.name for path in run[0].iterdir()) == ["last.pt", "results.csv", "results.json"]
 
 
@@ -335,6 +337,8 @@ def test_mistakes_of_the_user_end_in_one_sentence(run, tmp_path):
         message = refused(*words)
         assert message.startswith("error: ") and re.search(reason, message, re.DOTALL), message
     assert not (run[0] / "results.json").exists()
+    flags = vars(evaluate.parse(["run"]))  # where nothing else is asked
+    assert flags["workers"] == 2 and {**flags, **evaluate.PROTOCOL} == flags
     for words in (["run", "--slid", "3"], ["run", "--fli"], ["run", "--mapillary", "C"], ["run", "--scale", "big"]):
         with pytest.raises(SystemExit):  # no flag is abbreviated
             evaluate.parse(words)

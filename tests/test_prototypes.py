@@ -1,15 +1,12 @@
 """Eq. 1 and 2: prototypes.py against plain loops, and what a prototype may and may not depend on."""
 
-import inspect
 import math
-import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from make_clip import make_clip
 
-import prototypes
 from prototypes import (TEMPLATES, original_text_prototypes, random_prototypes, shuffled_prototypes,
                         source_mean_prototypes, visual_text_prototypes)
 
@@ -196,11 +193,3 @@ def test_the_vtp_is_computed_in_float32_whatever_the_embeddings_come_in(dtype, l
         vtp = visual_text_prototypes(otp, emb, 0.07)
     torch.testing.assert_close(vtp, expected, rtol=1e-5, atol=1e-6)  # the dtype too
     torch.testing.assert_close(vtp.norm(dim=2), torch.ones(B, K))
-
-
-# ---------------------------------------------------------------------------------------------------------- the file
-
-
-def test_prototypes_needs_torch_alone_outside_eq_1():
-    imported = re.findall(r"^( *)(?:import|from) (\w+)", inspect.getsource(prototypes), re.M)
-    assert set(imported) == {("", "torch"), ("    ", "clip")}

@@ -6,6 +6,7 @@ PPAR_LONG=1 in the environment.
 """
 
 import copy
+import csv
 import dataclasses
 import itertools
 import json
@@ -13,6 +14,7 @@ import math
 import os
 import re
 import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -223,19 +225,22 @@ def test_two_runs_are_the_same_bits_with_any_workers_and_whatever_the_global_ran
     torch.manual_seed(90 + workers)
     np.random.seed(90 + workers)
     assert same(trained(tmp_path / "run", *world["flags"], "--workers", workers), straight) is None
+    assert torch.are_deterministic_algorithms_enabled() and not torch.utils.deterministic.fill_uninitialized_memory
 
 
 def test_every_method_starts_from_the_same_network_and_sees_the_same_batches_and_another_seed_others(world, tmp_path, monkeypatch):
-    backward, seen = train.backward, {}
+    backward, seen, checked = train.backward, {}, []
 
     def spy(network, image, label, config, *rest):
         seen.setdefault(config.out, [copy.deepcopy(dict(network.net.state_dict()))]).append((image, label))
         return backward(network, image, label, config, *rest)
 
     monkeypatch.setattr(train, "backward", spy)
+    monkeypatch.setattr(train, "check_first_step", lambda *_: checked.append(len([*seen.values()][-1]) - 1))
     for n, flags in enumerate(("", "--method erm", "--prototypes shuffled", "--align otp", "--seed 1")):
         trained(tmp_path / str(n), *world["flags"], *flags.split(), "--steps", 2)
     full, *others, seed = seen.values()
+    assert checked == [1] * 5  # after the first step of each
     assert [difference(full, other) for other in others] == [None] * 3
     pictures = [image for run in (full, seed) for image, _ in run[1:]]
     assert not any(torch.equal(a, b) for n, a in enumerate(pictures) for b in pictures[:n])
@@ -338,6 +343,8 @@ def test_help_and_an_unknown_flag_are_answered_without_torch(tmp_path):
     told, wrong = ask("--help"), ask("--step", "1")  # no abbreviations
     assert told.returncode == 0 and "torch was imported" not in told.stderr
     assert all("--" + field.name.replace("_", "-") in told.stdout for field in dataclasses.fields(train.Config))
+    said = " ".join(told.stdout.split())
+    assert all(f"(default: {default})" in said for default in ("--tau 0.07", "--no-compile", "--ramp 0.05 0.3")) and "None)" not in said
     assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1].endswith("unrecognized arguments: --step 1")
     assert "torch was imported" in ask("--steps", "1").stderr  # the poison works
 
@@ -352,7 +359,7 @@ BAD_FLAGS = {flags.strip(): flags.strip() for flags in """--crop 0, --steps 0, -
     "--source acdc": "rgb_anon", "--harmful 0.2": "gta5", "--method erm --align otp": "--align otp",
     "--method erm --text-weight 0.2": "--text-weight 0.2", "--method erm --reweight": "--reweight",
     "--method erm --text-weight 0.5": "--text-weight 0.5", "--out /dev/null": "/dev/null", "--out /dev/null/run": "/dev/null/run",
-} | ({} if torch.cuda.is_available() else {"--device cuda": "--device cuda"})
+} | {"--freeze 6": "between 0 and 5"} | ({} if torch.cuda.is_available() else {"--device cuda": "--device cuda"})
 
 
 @pytest.mark.parametrize("flags, told", BAD_FLAGS.items())
@@ -453,7 +460,7 @@ def test_the_learning_rate_rises_linearly_falls_polynomially_and_is_never_zero()
 def test_the_presets_are_what_the_documents_say():
     toy, real = vars(train.configure({})), vars(train.configure({"source": ("gta5",)}))
     both = dict(method="ppar", align="progressive", w_align=1.0, tau=0.07, ramp=(0.05, 0.3), reweight=True, balance=0.5,
-                text_weight=0.5, freeze=3, batch=8)
+                text_weight=0.5, freeze=3, batch=8, holdout=0, micro_batch=0, save_every=500, compile=False, figures=True)
     assert toy == toy | both | dict(source=("toy-gta5",), clip="toy", stride=8, steps=400, crop=96, lr=3e-3, lr_clip=0.03, amp="fp32",
                                     workers=2, harmful=0.1, out="runs/ppar-toy-gta5-seed0")
     assert real == real | both | dict(targets=("cityscapes", "bdd", "mapillary"), clip="RN50", stride=16, steps=40000,
@@ -464,6 +471,24 @@ def test_the_presets_are_what_the_documents_say():
     given = train.configure(train.parse("--steps 7 --harmful 0".split()))  # a flag that is given beats the preset
     assert (given.steps, given.harmful) == (7, 0) and train.configure(dict(crop=32)).crop == 32
     assert train.CORES == len(os.sched_getaffinity(0)) and train.LOADERS == min(16, train.CORES)
+
+
+@pytest.mark.parametrize("processes, loaders", [(2, 16), (10, 10), (200, 1)])
+def test_the_processes_of_one_machine_share_its_cores(processes, loaders, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(1 if pid else 100))
+    assert runpy.run_path(train.__file__)["LOADERS"] == loaders
+
+
+def test_the_closing_words_show_the_committed_baseline_beside_a_run_of_its_own_recipe_alone(capsys):
+    with open(ROOT / "results" / "toy.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["row"] == "vote"]
+    bdd, snow = (np.mean([float(row[name]) for row in rows]) for name in ("toy-bdd", "toy-snow"))
+    for flags, target, shown in (({}, "toy-snow", True), ({}, "toy-dev", False), (dict(steps=20), "toy-snow", False)):
+        train.closing_words(train.configure(flags | dict(out="there")), dict(targets={"toy-bdd": 0, target: 0}))
+        said = capsys.readouterr().out
+        assert (f"mean of {len(rows)} seeds, from results/toy.csv): bdd {bdd:.1f}, snow {snow:.1f}\n" in said) == shown == ("votes" in said)
+        assert "python bound.py there" in said and "python figures.py there --compare OTHER" in said
 
 
 def test_erm_is_the_method_with_every_switch_off_and_nothing_else():
@@ -477,6 +502,7 @@ def test_every_flag_reaches_its_field_and_what_cannot_be_read_is_refused():
     flags = "--source a b --no-figures --lr 2e-3 --micro-batch 3 --align vtp --compile --stride 8 --ramp 0 0.5"
     assert train.parse(flags.split()) == dict(source=("a", "b"), figures=False, lr=2e-3, micro_batch=3, align="vtp",
                                               compile=True, stride=8, ramp=(0.0, 0.5))
+    assert [train.parse(["--stride", stride])["stride"] for stride in ("8", "16", "32")] == [8, 16, 32]
     for flags in ("extra", "--ramp a b", "--align sideways", "--steps ten", "--stride 7", "--lr", "--source"):
         with pytest.raises(SystemExit, match="2"):
             train.parse(flags.split())
