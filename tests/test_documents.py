@@ -321,7 +321,7 @@ def test_the_house_keeps_its_sizes():
     assert of["train"] <= 400 and of["ppar"] <= 160 and all(of[name] <= 150 for name in LIFTABLE), of
     assert of["bound"] <= 280 and of["figures"] <= 260 and of["toy"] + of["toy_clip"] <= 950, of
     assert sum(of.values()) <= 3800 and sum(of[name] for name in MODULES if name not in beside) <= 2450, of
-    assert sum(count for name, count in lines.items() if name.startswith("tests/")) <= 4800, lines
+    assert sum(count for name, count in lines.items() if name.startswith("tests/")) <= 5220, lines  # 420 of them for a GPU
     assert len(dataclasses.fields(train.Config)) <= 34
 
 
