@@ -284,9 +284,15 @@ def to_tensor(image):
 def normalise(image):
     """(..., 3, H, W) uint8 on any device -> float32, normalised as CLIP's training images were. A batch travels from the
     loader to the device as bytes, which are a quarter of the floats, and is normalised there."""
-    image = image.float()
-    mean, std = (255 * image.new_tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-    return (image - mean) / std
+    mean, std = _mean_and_std(image.device)
+    return (image.float() - mean) / std
+
+
+@functools.cache
+def _mean_and_std(device):
+    """Made once on each device: the host would wait for all of a GPU's work whenever it sends numbers of its own."""
+    import torch
+    return [255 * torch.tensor(v, device=device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD)]
 
 
 @functools.lru_cache(maxsize=512)

@@ -61,7 +61,7 @@ from tqdm import tqdm
 
 import data
 import ppar
-from data import VOID, UserError
+from data import VOID, UserError, require
 from model import pad
 
 
@@ -72,8 +72,7 @@ def confusion_matrix(pred, label, num_classes):
     cells, because then void needs no mask (it is row 255) and an id that is no class shows up in a row or column where nothing may be.
     """
     pred, label = _ids(pred), _ids(label)
-    if pred.shape != label.shape:
-        raise UserError(f"a prediction of shape {pred.shape} cannot answer a label of shape {label.shape}.")
+    require(pred.shape == label.shape, f"a prediction of shape {pred.shape} cannot answer a label of shape {label.shape}.")
     index = label.astype(np.uint16) << 8 | pred
     count = np.bincount(index.ravel(), minlength=1 << 16).reshape(256, 256)
     for name, stray in (("prediction", count[:, num_classes:].any(0)), ("label", count[num_classes:VOID].any(1))):
@@ -87,8 +86,7 @@ def _ids(array):
     """Integers of any type as uint8, so that a -1 or 256 is an error and does not wrap round to a class."""
     array = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
     low, high = array.min(initial=0), array.max(initial=0)
-    if array.dtype.kind not in "iu" or low < 0 or high > 255:
-        raise UserError(f"class ids are integers in 0..255, not {array.dtype} in {low}..{high}.")
+    require(array.dtype.kind in "iu" and low >= 0 and high <= 255, f"class ids are integers in 0..255, not {array.dtype} in {low}..{high}.")
     return array.astype(np.uint8, copy=False)
 
 
@@ -106,6 +104,7 @@ def mean_iou(conf):
 
 def make_scorer(module, config):
     """score(image (B, 3, H, W), any size) -> log-probabilities (B, K, H, W), from a ppar.PPAR and its flags."""
+    torch.backends.cudnn.benchmark = False  # pictures have many sizes
     _, autocast, layout = checkpoint.precision(config.amp, module.otp.device)
     net = module.net.to(memory_format=layout)
 
@@ -114,7 +113,7 @@ def make_scorer(module, config):
         padded = pad(image, net.encoder.multiple).contiguous(memory_format=layout)
         with autocast():
             out = net(padded)
-        logits = ppar.prediction(out, module.otp, config)
+        logits = ppar.prediction(out, module.otp, config).contiguous()  # in channels_last, a softmax over classes copies it all
         logits = F.interpolate(logits, size=padded.shape[2:], mode="bilinear", align_corners=False)
         return logits[..., :image.shape[2], :image.shape[3]].log_softmax(1)
 
@@ -153,8 +152,8 @@ def predict(score, image, size, scale=1.0, slide=0, slide_stride=0, flip=False):
     if tuple(prob.shape[2:]) != tuple(size):
         prob = F.interpolate(prob, size=tuple(size), mode="bilinear", align_corners=False)
     best, pred = prob[0].max(dim=0)
-    if not best.sum().isfinite():  # max hands on a nan
-        raise UserError("the network's scores are not finite: this checkpoint is broken, not a bad segmenter; train it again.")
+    require(best.sum().isfinite(),  # max hands on a nan
+            "the network's scores are not finite: this checkpoint is broken, not a bad segmenter; train it again.")
     return pred.byte().cpu().numpy()
 
 

@@ -35,7 +35,7 @@ with warnings.catch_warnings(action="ignore"):  # clip-anytorch asks setuptools 
     import clip
     from clip.model import ModifiedResNet, VisionTransformer
 
-from data import UserError
+from data import UserError, require
 
 TOY_CLIP = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy_clip.pt")  # the small CLIP of the drawn world
 Dense = namedtuple("Dense", "logits emb")  # what the network says about a batch of images; shapes as above
@@ -50,8 +50,7 @@ def load_clip(name):
     """
     path = TOY_CLIP if name == "toy" else name
     on_hub = path in clip.available_models()
-    if not on_hub and not os.path.isfile(path):
-        raise UserError(f"--clip {path}: neither a file nor one of toy, {', '.join(clip.available_models())}.")
+    require(on_hub or os.path.isfile(path), f"--clip {path}: neither a file nor one of toy, {', '.join(clip.available_models())}.")
     try:
         with warnings.catch_warnings(action="ignore"):  # TorchScript announces its retirement at every load
             model = clip.load(path, device="cpu")[0] if on_hub else _from_file(path)
@@ -122,8 +121,7 @@ def dilate(resnet, stride):
     convolutions behind it look `dilation` cells away: every 2nd cell (stride 8: 4th) of the new map is one of the old.
     """
     # our reading: the abstract names no stride. Dilation is the way to a finer map that adds no weight to CLIP's.
-    if stride not in (8, 16, 32):
-        raise UserError(f"--stride {stride}: a CLIP ResNet can be read at stride 32, 16 or 8.")
+    require(stride in (8, 16, 32), f"--stride {stride}: a CLIP ResNet can be read at stride 32, 16 or 8.")
     dilation = 1
     for stage, native in ((resnet.layer3, 16), (resnet.layer4, 32)):
         for index, block in enumerate(stage):
@@ -177,8 +175,7 @@ class DenseCLIP(nn.Module):
 
     def freeze(self, stages):
         """Freeze the first `stages` of 5: a ResNet's stem and stages, or a ViT's embedding and the quarters of its blocks."""
-        if not 0 <= stages <= 5:
-            raise UserError(f"--freeze {stages}: the image tower has 5 stages, give 0 to 5.")
+        require(0 <= stages <= 5, f"--freeze {stages}: the image tower has 5 stages, give 0 to 5.")
         v = self.visual
         if self.is_vit:
             stem, body = [v.conv1, v.ln_pre, v.class_embedding, v.positional_embedding], list(v.transformer.resblocks)

@@ -132,8 +132,7 @@ def configure(given):
     config.out = config.out or os.path.join("runs", f"{config.method}-{'-'.join(config.source)}-seed{config.seed}")
     for f in dataclasses.fields(Config):
         rule, value = f.metadata["rule"], getattr(config, f.name)
-        if rule and not rule[1](value):
-            raise UserError(f"{typed(f.name, value)} must be {rule[0]}.")
+        require(not rule or rule[1](value), f"{typed(f.name, value)} must be {rule and rule[0]}.")
     return config
 
 
@@ -151,7 +150,7 @@ import evaluate  # noqa: E402
 import figures  # noqa: E402
 import ppar  # noqa: E402
 import prototypes  # noqa: E402
-from data import UserError  # noqa: E402
+from data import UserError, require  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------- set-up
 
@@ -161,6 +160,7 @@ def setup_processes(config):
     device = checkpoint.choose_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinned memory and all else that goes by the current device
+        torch.backends.cudnn.benchmark = True  # all steps have one size, so that it pays to try; make_scorer ends it
     else:
         torch.use_deterministic_algorithms(True)  # same seed, same bits; a GPU is asked for speed instead
         torch.utils.deterministic.fill_uninitialized_memory = False  # nobody reads it, and filling it takes time
@@ -194,8 +194,8 @@ def open_network(config, stream, state, rank, device, layout):
         if now == turn:
             module, report = ppar.build(config)
         sum_over_processes(torch.zeros(1, device=device))  # waits for the others
-    if config.crop % module.net.encoder.multiple:
-        raise UserError(f"--crop {config.crop} must be a multiple of {module.net.encoder.multiple} for --clip {config.clip}.")
+    multiple = module.net.encoder.multiple
+    require(config.crop % multiple == 0, f"--crop {config.crop} must be a multiple of {multiple} for --clip {config.clip}.")
     module.to(device, memory_format=layout)
     if state:
         checkpoint.load_weights(module, state, config.out)
@@ -240,7 +240,7 @@ def backward(network, image, label, config, step, autocast):
 
     with autocast(), torch.set_grad_enabled(len(images) == 1):
         outputs = [network(part) for part in images]
-    whole = ppar.Output(*(None if x[0] is None else torch.cat(x).detach() for x in zip(*outputs)))
+    whole = ppar.Output(*(None if x[0] is None else torch.cat(x).detach().contiguous() for x in zip(*outputs)))  # or losses copy it
     leaves = [x.requires_grad_() for x in (whole.logits, whole.emb)]
     terms, at = ppar.objective(whole, module.otp, label, config, step, sum_over_processes)
     sum(terms.values()).backward()
@@ -258,12 +258,12 @@ def backward(network, image, label, config, step, autocast):
 def check_first_step(module, optimizer):
     """Guards that cost nothing: what should learn got a finite gradient, what is frozen got none, nothing is left out."""
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    if sorted(held) != sorted(id(p) for p in module.parameters() if p.requires_grad):
-        raise UserError("the optimiser does not hold exactly the trainable parameters, once each: a defect of make_optimizer.")
+    require(sorted(held) == sorted(id(p) for p in module.parameters() if p.requires_grad),
+            "the optimiser does not hold exactly the trainable parameters, once each: a defect of make_optimizer.")
     for name, p in module.named_parameters():
         got = "no" if p.grad is None else "a" if torch.isfinite(p.grad).all() else "a non-finite"
-        if got != ("a" if p.requires_grad else "no"):
-            raise UserError(f"{'' if p.requires_grad else 'frozen '}parameter {name} got {got} gradient at the first step.")
+        require(got == ("a" if p.requires_grad else "no"),
+                f"{'' if p.requires_grad else 'frozen '}parameter {name} got {got} gradient at the first step.")
 
 
 @torch.no_grad()
@@ -273,9 +273,8 @@ def describe(terms, at, out, otp, label, config, done):
     values = sum_over_processes(torch.stack(list(terms.values()))).tolist()
     row = dict(step=done, loss=sum(values), **dict(zip(terms, values)), **at)
     for name, value in reversed(row.items()):
-        if value is not None and not math.isfinite(value):
-            raise UserError(f"the loss term `{name}` is {value} at step {done}: the last good checkpoint, if one was "
-                            f"written, stays in {config.out}; start anew with a lower --lr, or look at the data (python data.py --check).")
+        require(value is None or math.isfinite(value), f"the loss term `{name}` is {value} at step {done}: the last good "
+                f"checkpoint, if one was written, stays in {config.out}; start anew with a lower --lr, or look at the data (python data.py --check).")
     grid = align.labels_on_grid(label, out.emb)
     count = (grid != data.VOID).sum().clamp_min(1)
     for name, goal in dict(otp=otp, vtp=out.vtp).items():
@@ -290,8 +289,7 @@ def describe(terms, at, out, otp, label, config, done):
 
 def train(config, state, rank, processes, device):
     """Train from the checkpoint `state` (None: from step 0) to the last step -> PPAR. Writes last.pt and log.jsonl."""
-    if config.batch % processes:
-        raise UserError(f"--batch {config.batch} cannot be split over {processes} processes: give a multiple.")
+    require(config.batch % processes == 0, f"--batch {config.batch} cannot be split over {processes} processes: give a multiple.")
     start = state["step"] if state else 0
     stream = open_data(config, state)
     _, autocast, layout = checkpoint.precision(config.amp, device)
