@@ -70,7 +70,8 @@ def text(store):
     runs = [store[key] for key in store if not key.startswith("clip-seed")]
     lines = [f"Made by `python results/bound_table.py` from {len(runs)} trained runs of the ablation. Mean and standard deviation over "
              f"{len(groups['erm'])} seeds (baseline) and {len(groups['full'])} (full method); targets: mean over the six unseen ones.", "",
-             f"| term | {' | '.join(f'{where}, {name}' for where in ('source', 'unseen') for name in columns.values())} |", "|---" * 7 + "|"]
+             f"| term | {' | '.join(f'{where}, {name}' for where in ('source', 'unseen') for name in columns.values())} |",
+             "|---" * 7 + "|"]
     for key, name in TERMS:
         cells = [cell([r[where][key] for r in groups[row]]) for where in ("source", "unseen") for row in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
