@@ -31,6 +31,7 @@ from pathlib import Path
 
 import checkpoint
 
+LARGEST_PICTURE = 4 * 24 * 2 ** 20  # bytes of image and label at 24 megapixels, of Mapillary's largest
 PROTOCOL = dict(scale=1.0, slide=0, slide_stride=0, flip=False)  # how a score is taken, where nothing else is asked
 
 
@@ -163,7 +164,7 @@ def _windows(size, window, stride):
 
 def _load(mapillary, item):
     image, label = data.load_pair(item, mapillary)
-    return data.to_tensor(image), torch.from_numpy(label)
+    return torch.from_numpy(image.transpose(2, 0, 1).copy()), torch.from_numpy(label)  # bytes: normalised on the device
 
 
 def evaluate_dataset(score, items, mapillary="A", protocol=PROTOCOL, device="cpu", workers=0, title=None):
@@ -172,12 +173,13 @@ def evaluate_dataset(score, items, mapillary="A", protocol=PROTOCOL, device="cpu
     A file that cannot be read ends the evaluation: a score that silently skips images is a score on another data set.
     """
     # A generator of its own: a loader's seed must not move the global random numbers of training.
+    room = data.shared_memory() // (3 * LARGEST_PICTURE)  # each process keeps two pictures ready
     loader = torch.utils.data.DataLoader(
         items, batch_size=None, collate_fn=functools.partial(_load, mapillary), generator=torch.Generator(),
-        num_workers=min(workers, len(items)), pin_memory=torch.device(device).type == "cuda")
+        num_workers=int(min(workers, len(items), room)), pin_memory=torch.device(device).type == "cuda")
     conf = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64)
     for image, label in tqdm(loader, title, unit="image", disable=not title):
-        pred = predict(score, image.to(device, non_blocking=True), label.shape, **protocol)
+        pred = predict(score, data.normalise(image.to(device, non_blocking=True)), label.shape, **protocol)
         conf += confusion_matrix(pred, label, len(conf))
     return conf
 

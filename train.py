@@ -184,6 +184,7 @@ def open_data(config, state):
         data.list_items(name, config.data_root, "val", config.holdout)
     for items in sources if state is None else []:  # what is wrong with the files is found before step 0
         data.check_pairs(items, mapillary=config.mapillary)
+    data.check_shared_memory(config.workers, config.batch * 4 * config.crop ** 2)
     return data.TrainingStream(sources, config.crop, config.seed, config.mapillary)
 
 
@@ -273,8 +274,9 @@ def describe(terms, at, out, otp, label, config, done):
     values = sum_over_processes(torch.stack(list(terms.values()))).tolist()
     row = dict(step=done, loss=sum(values), **dict(zip(terms, values)), **at)
     for name, value in reversed(row.items()):
-        require(value is None or math.isfinite(value), f"the loss term `{name}` is {value} at step {done}: the last good "
-                f"checkpoint, if one was written, stays in {config.out}; start anew with a lower --lr, or look at the data (python data.py --check).")
+        require(value is None or math.isfinite(value),
+                f"the loss term `{name}` is {value} at step {done}: the last good checkpoint, if one was written, stays in {config.out}; "
+                f"start anew with a lower --lr, or look at the data (python data.py --check).")
     grid = align.labels_on_grid(label, out.emb)
     count = (grid != data.VOID).sum().clamp_min(1)
     for name, goal in dict(otp=otp, vtp=out.vtp).items():

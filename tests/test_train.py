@@ -303,6 +303,21 @@ def test_results_are_the_same_from_one_process_and_from_two(straight, tmp_path):
     assert one == two
 
 
+def test_too_little_shared_memory_is_said_before_step_0_and_evaluation_takes_fewer_processes(world, tmp_path, monkeypatch):
+    """Two processes hold at most five batches of 4 x 64 x 64 x 4 bytes."""
+    assert 0 < data.shared_memory() < math.inf or not os.path.isdir("/dev/shm")
+    monkeypatch.setattr(data, "shared_memory", lambda: 5 * 65536 - 1)
+    sentence = main(*world["flags"], "--out", tmp_path / "run", "--workers", 2)
+    assert is_one_sentence(sentence) and all(word in sentence for word in ("--workers 2", "/dev/shm", "--workers 0", "--shm-size"))
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(torch.utils.data.DataLoader, "_get_iterator", lambda loader: pytest.fail(f"{loader.num_workers}"))
+    with pytest.raises(pytest.fail.Exception, match="^0$"):
+        evaluate.evaluate_dataset(None, data.list_items("cityscapes", str(world["root"]), "val"), workers=2)
+    monkeypatch.setattr(data, "shared_memory", lambda: 5 * 65536)
+    data.check_shared_memory(2, 65536)
+    data.check_shared_memory(0, 2 ** 60)
+
+
 def test_a_batch_that_cannot_be_split_is_refused(world, tmp_path):
     with pytest.raises(data.UserError, match="--batch 4 cannot be split over 3 processes"):
         train.train(configured(world, "--out", tmp_path / "run"), None, 0, 3, CPU)
