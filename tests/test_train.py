@@ -473,6 +473,8 @@ def test_the_presets_are_what_the_documents_say():
                                     workers=2, harmful=0.1, out="runs/ppar-toy-gta5-seed0")
     assert real == real | both | dict(targets=("cityscapes", "bdd", "mapillary"), clip="RN50", stride=16, steps=40000,
                                       crop=512, lr=1e-4, lr_clip=0.1, amp="auto", workers=train.LOADERS, harmful=0.0, mapillary="A")
+    for clip, crop in (("ViT-L/14", 504), ("ViT-L/14@336px", 504), ("ViT-B/16", 512)):  # a multiple of the patch
+        assert train.configure(dict(source=("gta5",), clip=clip)).crop == crop and train.configure(dict(clip=clip, crop=98)).crop == 98
     assert train.configure({"source": ("toy-gta5", "gta5")}).clip == "RN50"  # one real source makes it a real run
     undecided = {f.name for f in dataclasses.fields(train.Config) if f.default is None} - {"out", "resume", "device"}
     assert all(set(preset) == undecided for preset in train.PRESETS.values())
