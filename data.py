@@ -27,6 +27,7 @@ import functools
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 import warnings
@@ -273,6 +274,20 @@ def check_pairs(items, sample=32, mapillary="A"):
     """
     for item in evenly(items, sample):
         load_pair(item, mapillary)
+
+
+def shared_memory():
+    """Bytes that loader processes have to hand their batches over in: a container's default, 64 MiB, holds few."""
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage("/dev/shm").free
+    return math.inf  # no Linux: no such limit
+
+
+def check_shared_memory(workers, batch):
+    """Each of the processes keeps two batches of so many bytes ready; where they do not fit, it dies of a bus error."""
+    need, room = (2 * workers + 1) * batch, shared_memory()
+    require(workers == 0 or need <= room, f"--workers {workers} need {need / 2 ** 20:.0f} MiB of shared memory and /dev/shm has "
+            f"{room / 2 ** 20:.0f}: give fewer, or --workers 0, or the container more (docker run --shm-size 4g).")
 
 
 def to_tensor(image):

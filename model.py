@@ -142,7 +142,7 @@ def _resize_position(position, h, w):
 class DenseCLIP(nn.Module):
     """CLIP's image tower with the position kept: image -> (low, z).
 
-    low     (B, C, H/4, W/4) for a ResNet (first stage), (B, C, h, w) for a ViT (half of the blocks): edges, for the decoder
+    low     (B, C, H/4, W/4) edges, for the decoder: a ResNet's first stage, a ViT's patches begun every quarter (of 14 pixels: half) of one
     z       (B, D, h, w)     dense embedding, not yet normalised (theory.md's z is its direction, `emb`)
 
     `visual` itself is changed: dilated, and made trainable. Who still needs CLIP as it was hands over a copy.
@@ -215,11 +215,16 @@ class DenseCLIP(nn.Module):
         x = v.conv1(image).flatten(2).transpose(1, 2)  # (B, hw, C)
         x = torch.cat([v.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
         x = v.ln_pre(x + _resize_position(v.positional_embedding, h, w)).transpose(0, 1)  # (1 + hw, B, C), as CLIP has it
-        half = len(v.transformer.resblocks) // 2
-        x = v.transformer.resblocks[:half](x)
-        low = x[1:].permute(1, 2, 0).unflatten(2, (h, w))  # our reading: no finer map, so an earlier one
-        x = v.ln_post(v.transformer.resblocks[half:](x).transpose(0, 1)) @ v.proj  # (B, 1 + hw, D)
-        return low, x[:, 1:].transpose(1, 2).unflatten(2, (h, w))
+        x = v.ln_post(v.transformer.resblocks(x).transpose(0, 1)) @ v.proj  # (B, 1 + hw, D)
+        return self._dense_patches(image), x[:, 1:].transpose(1, 2).unflatten(2, (h, w))
+
+    def _dense_patches(self, image):
+        # our reading: no block of a ViT has a finer map, and its tokens know no edge within a patch. But its first layer,
+        # which is a convolution, can be read at more places, as a dilated ResNet is: no weight is added to CLIP's.
+        step = self.stride // (4 if self.stride % 4 == 0 else 2)
+        before = (self.stride - step) // 2  # so that a cell lies in the middle of its patch; beyond the border, the border's pixels
+        rows, cols = ((torch.arange(side + self.stride - step, device=image.device) - before).clamp(0, side - 1) for side in image.shape[2:])
+        return F.conv2d(image[:, :, rows][..., cols], self.visual.conv1.weight, stride=step)
 
 
 class SegmentationNet(nn.Module):

@@ -128,7 +128,8 @@ def configure(given):
         if given.get(name, value) != value:
             raise UserError(f"--method erm switches every idea off, so {typed(name, given[name])} cannot be; "
                             f"leave one of the two away.")
-    config = Config(**{**PRESETS["toy" if toy else "real"], **off, **given})
+    preset = PRESETS["toy" if toy else "real"] | (dict(crop=504) if str(given.get("clip")).startswith("ViT-L/14") else {})  # 36 patches
+    config = Config(**{**preset, **off, **given})
     config.out = config.out or os.path.join("runs", f"{config.method}-{'-'.join(config.source)}-seed{config.seed}")
     for f in dataclasses.fields(Config):
         rule, value = f.metadata["rule"], getattr(config, f.name)
@@ -184,6 +185,7 @@ def open_data(config, state):
         data.list_items(name, config.data_root, "val", config.holdout)
     for items in sources if state is None else []:  # what is wrong with the files is found before step 0
         data.check_pairs(items, mapillary=config.mapillary)
+    data.check_shared_memory(config.workers, config.batch * 4 * config.crop ** 2)
     return data.TrainingStream(sources, config.crop, config.seed, config.mapillary)
 
 

@@ -308,6 +308,21 @@ def test_results_are_the_same_from_one_process_and_from_two(straight, tmp_path):
     assert one == two
 
 
+def test_too_little_shared_memory_is_said_before_step_0_and_evaluation_takes_fewer_processes(world, tmp_path, monkeypatch):
+    """Two processes hold at most five batches of 4 x 64 x 64 x 4 bytes."""
+    assert 0 < data.shared_memory() < math.inf or not os.path.isdir("/dev/shm")
+    monkeypatch.setattr(data, "shared_memory", lambda: 5 * 65536 - 1)
+    sentence = main(*world["flags"], "--out", tmp_path / "run", "--workers", 2)
+    assert is_one_sentence(sentence) and all(word in sentence for word in ("--workers 2", "/dev/shm", "--workers 0", "--shm-size"))
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(torch.utils.data.DataLoader, "_get_iterator", lambda loader: pytest.fail(f"{loader.num_workers}"))
+    with pytest.raises(pytest.fail.Exception, match="^0$"):
+        evaluate.evaluate_dataset(None, data.list_items("cityscapes", str(world["root"]), "val"), workers=2)
+    monkeypatch.setattr(data, "shared_memory", lambda: 5 * 65536)
+    data.check_shared_memory(2, 65536)
+    data.check_shared_memory(0, 2 ** 60)
+
+
 def test_a_batch_that_cannot_be_split_is_refused(world, tmp_path):
     with pytest.raises(data.UserError, match="--batch 4 cannot be split over 3 processes"):
         train.train(configured(world, "--out", tmp_path / "run"), None, 0, 3, CPU)
@@ -465,6 +480,8 @@ def test_the_presets_are_what_the_documents_say():
                                     workers=2, harmful=0.1, out="runs/ppar-toy-gta5-seed0")
     assert real == real | both | dict(targets=("cityscapes", "bdd", "mapillary"), clip="RN50", stride=16, steps=40000,
                                       crop=512, lr=1e-4, lr_clip=0.1, amp="auto", workers=train.LOADERS, harmful=0.0, mapillary="A")
+    for clip, crop in (("ViT-L/14", 504), ("ViT-L/14@336px", 504), ("ViT-B/16", 512)):  # a multiple of the patch
+        assert train.configure(dict(source=("gta5",), clip=clip)).crop == crop and train.configure(dict(clip=clip, crop=98)).crop == 98
     assert train.configure({"source": ("toy-gta5", "gta5")}).clip == "RN50"  # one real source makes it a real run
     undecided = {f.name for f in dataclasses.fields(train.Config) if f.default is None} - {"out", "resume", "device"}
     assert all(set(preset) == undecided for preset in train.PRESETS.values())
