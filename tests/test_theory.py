@@ -175,6 +175,8 @@ def test_smaller_constants_fail():
     rise = risk(p[1:2], label, p, tau) - bound.hub_terms(p, tau)[0][0]
     for basis, enough in ((rest, False), (bound.span_basis(p), True)):
         assert bool(rise <= bound.lipschitz_per_class(p, tau)[0] * distance(p[1:2] @ basis, label, p @ basis)) is enough
+    for small, size in ((0.6e-6, 1), (1.5e-6, 2)):  # a direction is one from a millionth of the largest on; below is rounding
+        assert bound.span_basis(torch.tensor([[0, 0], [1, 0], [0, small]], dtype=torch.float64)).shape == (2, size)
 
 
 def test_the_loss_has_one_minimum_beyond_the_prototype_and_away_from_its_competitors():
@@ -581,7 +583,7 @@ def test_measuring_a_run_writes_every_term_and_finds_no_violation(tiny, capsys, 
     held_out, first = source != ["no-val"], stored["domains"]["source"]
     assert list(stored["domains"]) == ["source", *["source held out"] * held_out, *run.config.targets]
     assert ("no held-out source row" in said) is not held_out
-    shown = ("analysis only", "rank correlation", "every inequality holds: yes", *(f"\n{key} " for key in first))
+    shown = ("analysis only", "rank correlation", "over the 3 targets", "every inequality holds: yes", *(f"\n{key} " for key in first))
     assert all(text in said for text in shown)
     val = [(name, "val", 3, 0.0) for name in source * held_out + run.config.targets]
     assert calls[1:] == [(name, "train", 3, 0.2) for name in source] + val, "read as the run was configured"
@@ -595,6 +597,17 @@ def test_measuring_a_run_writes_every_term_and_finds_no_violation(tiny, capsys, 
         assert all(f"{row[key]:.3f}" in said for key in ("left", "right", "radius_otp", "tv"))
     assert first["tv"] == 0 and (first["n_eff"] < 0.99 * first["pixels"]) is (method == "ppar")
     assert all(torch.equal(value, before[name]) for name, value in run.ppar.state_dict().items())
+
+
+def test_bars_of_the_figure_add_up_to_the_right_side_and_to_the_two_legs_and_marks_are_the_columns(tiny, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(bound.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    rows = bound.measure_run(tiny[0], 2)["domains"].values()
+    for axis, sums, marks in zip(drawn[0].axes, (("right",), ("radius_vtp", "gap")),
+                                 (("left", "right_direct", "right_local", "ceiling"), ("radius_otp", "radius_span")), strict=True):
+        ends = [bar.get_x() + bar.get_width() for bar in axis.containers[-1]]  # of the last part, which begins where the others end
+        assert ends == pytest.approx([sum(row[name] for name in sums) for row in rows], rel=1e-5)
+        assert [[*line.get_xdata()] for line in axis.lines] == [[row[name] for row in rows] for name in marks]
 
 
 def test_a_violation_is_reported_and_not_hidden(tiny, capsys, monkeypatch):
