@@ -25,6 +25,7 @@ Not here: figures (figures.py), the terms of the bound (bound.py), training (tra
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import io
@@ -35,7 +36,6 @@ from pathlib import Path
 
 import checkpoint
 
-LARGEST_PICTURE = 4 * 24 * 2 ** 20  # bytes of image and label at 24 megapixels, of Mapillary's largest
 PROTOCOL = dict(scale=1.0, size=None, height=0, slide=0, slide_stride=0, flip=False)  # how a score is taken, unless told otherwise
 # SYNTHIA draws no terrain, truck and train: the field then reports 16 classes, and 13 without the thin ones. Here is what is left out.
 LEFT_OUT = {16: ("terrain", "truck", "train"), 13: ("terrain", "truck", "train", "wall", "fence", "pole")}
@@ -182,7 +182,7 @@ def evaluate_dataset(score, items, mapillary="A", protocol=PROTOCOL, device="cpu
     A file that cannot be read ends the evaluation: a score that silently skips images is a score on another data set.
     """
     # A generator of its own: a loader's seed must not move the global random numbers of training.
-    room = data.shared_memory() // (3 * LARGEST_PICTURE)  # each process keeps two pictures ready
+    room = data.shared_memory() // (3 * 4 * 24 * 2 ** 20)  # each process keeps two pictures ready, of up to 24 megapixels
     loader = torch.utils.data.DataLoader(
         items, batch_size=None, collate_fn=functools.partial(_load, mapillary), generator=torch.Generator(),
         num_workers=int(min(workers, len(items), room)), pin_memory=torch.device(device).type == "cuda")
@@ -322,14 +322,12 @@ def find_targets(config):
 
 def _read_results(run, taken, name):
     """NAME.json of a run to compare with, if it was taken in the same way."""
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         results = json.loads((Path(run) / f"{name}.json").read_text())
-        if {key: results[key] for key in taken} != taken or not {"run", "targets", "mean_over"} <= set(results):
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{run} has no {name}.json that was taken in this way ({taken['evaluation_size']}; Mapillary "
-                        f"{taken['mapillary']}; {taken['precision']}): run `python evaluate.py {run}` with the flags of here.") from None
-    return results
+        if {key: results[key] for key in taken} == taken and {"run", "targets", "mean_over"} <= set(results):
+            return results
+    raise UserError(f"{run} has no {name}.json that was taken in this way ({taken['evaluation_size']}; Mapillary "
+                    f"{taken['mapillary']}; {taken['precision']}): run `python evaluate.py {run}` with the flags of here.")
 
 
 def main(args):

@@ -187,8 +187,8 @@ class DenseCLIP(nn.Module):
             part.requires_grad_(False)
 
     def forward(self, image):
-        if image.shape[2] % self.multiple or image.shape[3] % self.multiple:
-            raise UserError(f"{image.shape[2]} x {image.shape[3]} pixels: both must be multiples of {self.multiple} for this CLIP.")
+        require(not (image.shape[2] % self.multiple or image.shape[3] % self.multiple),
+                f"{image.shape[2]} x {image.shape[3]} pixels: both must be multiples of {self.multiple} for this CLIP.")
         return self._forward_vit(image) if self.is_vit else self._forward_resnet(image)
 
     def _forward_resnet(self, image):
@@ -222,9 +222,9 @@ class DenseCLIP(nn.Module):
         # our reading: no block of a ViT has a finer map, and its tokens know no edge within a patch. But its first layer,
         # which is a convolution, can be read at more places, as a dilated ResNet is: no weight is added to CLIP's.
         step = self.stride // (4 if self.stride % 4 == 0 else 2)
-        before = (self.stride - step) // 2  # so that a cell lies in the middle of its patch; beyond the border, the border's pixels
-        rows, cols = ((torch.arange(side + self.stride - step, device=image.device) - before).clamp(0, side - 1) for side in image.shape[2:])
-        return F.conv2d(image[:, :, rows][..., cols], self.visual.conv1.weight, stride=step)
+        before = (self.stride - step) // 2  # so that a cell lies in the middle of its patch
+        around = F.pad(image, 2 * (before, self.stride - step - before), mode="replicate")
+        return F.conv2d(around, self.visual.conv1.weight, stride=step)
 
 
 class SegmentationNet(nn.Module):

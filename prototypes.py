@@ -24,8 +24,6 @@ Not here: what pixels do with them (align.py). Needs torch, and clip for Eq. 1 a
 import torch
 import torch.nn.functional as F
 
-VOID = 255  # the train id of pixels without a class: in no loss and in no mean
-
 # our reading: the abstract names no prompts. A handful of frames in which a street class may be met; the mean over
 # them belongs to the class, what differs between them (style, light, medium) cancels.
 TEMPLATES = (
@@ -68,22 +66,6 @@ def shuffled_prototypes(otp, seed=0):
     """A control: the same K points (K, D), each under another class's name: language's geometry without its sense."""
     order = torch.randperm(len(otp), generator=torch.Generator().manual_seed(seed))
     return otp[order.roll(1)][order.argsort()]  # one cycle through all classes: no class keeps its own row
-
-
-@torch.no_grad()
-def source_mean_prototypes(batches, fallback):
-    """A control, which the abstract argues against: the mean embedding of each class's source pixels, (K, D), unit rows.
-
-    batches   yields (emb (B, D, h, w), label (B, h, w) with 255 void) of source images
-    fallback  (K, D), the row of a class that has no pixel in any batch; the answer is on its device
-    """
-    num_classes, dim = fallback.shape
-    total = torch.zeros(num_classes, dim, dtype=torch.float64)
-    for emb, label in batches:
-        valid = label != VOID
-        total.index_add_(0, label[valid].cpu(), emb.permute(0, 2, 3, 1)[valid].double().cpu())
-    found = total.norm(dim=1, keepdim=True) > 0
-    return torch.where(found, F.normalize(total, dim=1).float(), fallback.cpu()).to(fallback.device)
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ class Config:
     # the method
     method: str = option("ppar", "ppar, or erm: L_seg with w = 1 alone, the baseline", choices=("ppar", "erm"))
     clip: str = option(None, "CLIP by name (RN50, RN101, ViT-B/16, ...), path of a checkpoint, or toy")
-    prototypes: str = option("text", "OTP (Eq. 1), or a control", choices=("text", "source", "shuffled"))
+    prototypes: str = option("text", "OTP (Eq. 1), or a control", choices=("text", "shuffled"))
     align: str = option("progressive", "lambda's schedule (Eq. 4); none: no L_align",
                         choices=("progressive", "reversed", "otp", "vtp", "none"))
     w_align: float = option(1.0, "weight of L_align in Eq. 7", POSITIVE)
@@ -125,9 +125,8 @@ def configure(given):
     toy = all(name.startswith("toy-") for name in given.get("source", Config.source))
     off = ERM if given.get("method") == "erm" else {}
     for name, value in off.items():
-        if given.get(name, value) != value:
-            raise UserError(f"--method erm switches every idea off, so {typed(name, given[name])} cannot be; "
-                            f"leave one of the two away.")
+        require(given.get(name, value) == value,
+                f"--method erm switches every idea off, so {typed(name, given.get(name))} cannot be; leave one of the two away.")
     preset = PRESETS["toy" if toy else "real"] | (dict(crop=504) if str(given.get("clip")).startswith("ViT-L/14") else {})  # 36 patches
     config = Config(**{**preset, **off, **given})
     config.out = config.out or os.path.join("runs", f"{config.method}-{'-'.join(config.source)}-seed{config.seed}")
@@ -150,7 +149,6 @@ import data  # noqa: E402
 import evaluate  # noqa: E402
 import figures  # noqa: E402
 import ppar  # noqa: E402
-import prototypes  # noqa: E402
 from data import UserError, require  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------- set-up
@@ -189,7 +187,7 @@ def open_data(config, state):
     return data.TrainingStream(sources, config.crop, config.seed, config.mapillary)
 
 
-def open_network(config, stream, state, rank, device, layout):
+def open_network(config, state, rank, device, layout):
     """PPAR at step 0, or as the checkpoint `state` holds it; the first process says what was loaded of CLIP."""
     turn = 0 if rank == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2  # a CLIP by name is fetched once on each machine
     for now in range(3):
@@ -201,9 +199,6 @@ def open_network(config, stream, state, rank, device, layout):
     module.to(device, memory_format=layout)
     if state:
         checkpoint.load_weights(module, state, config.out)
-    elif config.prototypes == "source":
-        looks = (ppar.look(module, data.normalise(x), y) for x, y in map(stream.__getitem__, range(32 * config.batch)))
-        module.otp.copy_(prototypes.source_mean_prototypes(((out.emb, grid) for out, _, grid in looks), module.otp))
     if rank == 0:
         print(report)
     return module.train()
@@ -296,7 +291,7 @@ def train(config, state, rank, processes, device):
     start = state["step"] if state else 0
     stream = open_data(config, state)
     _, autocast, layout = checkpoint.precision(config.amp, device)
-    module = open_network(config, stream, state, rank, device, layout)
+    module = open_network(config, state, rank, device, layout)
     if rank == 0:
         checkpoint.open_folder(config, start if state else None)
         print(f"source {' + '.join(f'{n} ({len(i)} images)' for n, i in zip(config.source, stream.sources))}, method "
@@ -354,10 +349,10 @@ def continue_run(given):
     try:
         own = dict(state["config"])
         for name, value in given.items():
-            if name not in MAY_CHANGE_ON_RESUME and value != own.get(name):
-                raise UserError(f"{typed(name, value)} differs from the run's own {typed(name, own.get(name))}: a resumed run keeps its "
-                                f"flags, only {', '.join('--' + n.replace('_', '-') for n in sorted(MAY_CHANGE_ON_RESUME))} "
-                                f"may change; start a new run with --out.")
+            require(name in MAY_CHANGE_ON_RESUME or value == own.get(name),
+                    f"{typed(name, value)} differs from the run's own {typed(name, own.get(name))}: a resumed run keeps its "
+                    f"flags, only {', '.join('--' + n.replace('_', '-') for n in sorted(MAY_CHANGE_ON_RESUME))} may change; "
+                    f"start a new run with --out.")
         config = configure({**own, **given, "out": folder})
         if not 0 <= state["step"] <= config.steps:
             raise TypeError

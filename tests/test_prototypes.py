@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from make_clip import make_clip
 
 from prototypes import (TEMPLATES, original_text_prototypes, random_prototypes, shuffled_prototypes,
-                        source_mean_prototypes, visual_text_prototypes)
+                        visual_text_prototypes)
 
 torch.set_num_threads(1)
 
@@ -98,27 +98,6 @@ def test_shuffled_prototypes_are_the_same_points_and_no_class_keeps_its_own(seed
     assert (found.sum(0) == 1).all() and (found.sum(1) == 1).all() and found.diagonal().sum() == 0
     assert torch.equal(rows, shuffled_prototypes(otp, seed))
     assert not torch.equal(rows, shuffled_prototypes(otp, seed + 5))
-
-
-def test_source_means_equal_plain_loops_and_an_absent_class_gets_its_fallback():
-    g = torch.Generator().manual_seed(0)
-    batches = []
-    for n in (3, 1):  # batches of different size: every pixel counts once, not every batch
-        label = torch.randint(0, 3, (n, H, W), generator=g)
-        label[torch.rand(n, H, W, generator=g) < 0.3] = 255
-        emb = 0.01 * torch.randn(n, D, H, W, generator=g)  # short: a class whose sum is small is not an absent one
-        batches.append((emb.requires_grad_(), label))
-    fallback = random_prototypes(K, D)  # class 3 never occurs
-    total = [[0.0] * D for _ in range(K)]
-    for emb, label in batches:
-        for b, i, j in (label != 255).nonzero().tolist():
-            c = label[b, i, j].item()
-            total[c] = [t + z for t, z in zip(total[c], emb[b, :, i, j].tolist())]
-    got = source_mean_prototypes(iter(batches), fallback)
-    expected = torch.tensor([norm(row) for row in total[:3]] + [fallback[3].tolist()])
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)  # (K, D), float32
-    assert torch.equal(got[3], fallback[3]) and not got.requires_grad
-    assert torch.equal(source_mean_prototypes([(emb, torch.full_like(label, 255))], fallback), fallback)
 
 
 # ------------------------------------------------------------------------------------------------------------- Eq. 2

@@ -600,9 +600,11 @@ def test_measuring_a_run_writes_every_term_and_finds_no_violation(tiny, capsys, 
 
 
 def test_bars_of_the_figure_add_up_to_the_right_side_and_to_the_two_legs_and_marks_are_the_columns(tiny, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(bound.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    rows = bound.measure_run(tiny[0], 2)["domains"].values()
+    import bound_figure
+    drawn, report = [], bound.measure_run(tiny[0], 2)
+    monkeypatch.setattr(bound_figure.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    bound_figure.draw(report, tiny[0].path / "bound.png")
+    rows = report["domains"].values()
     for axis, sums, marks in zip(drawn[0].axes, (("right",), ("radius_vtp", "gap")),
                                  (("left", "right_direct", "right_local", "ceiling"), ("radius_otp", "radius_span")), strict=True):
         ends = [bar.get_x() + bar.get_width() for bar in axis.containers[-1]]  # of the last part, which begins where the others end
