@@ -141,7 +141,7 @@ def _resize_position(position, h, w):
 class DenseCLIP(nn.Module):
     """CLIP's image tower with the position kept: image -> (low, z).
 
-    low     (B, C, H/4, W/4) edges, for the decoder: a ResNet's first stage, a ViT's patches begun every quarter (of 14 pixels: half) of one
+    low     (B, C, H/4, W/4) edges, for the decoder: a ResNet's first stage, a ViT's patches at every quarter (14 pixels: half) of one
     z       (B, D, h, w)     dense embedding, not yet normalised (theory.md's z is its direction, `emb`)
 
     `visual` itself is changed: dilated, and made trainable. Who still needs CLIP as it was hands over a copy.
@@ -221,8 +221,8 @@ class DenseCLIP(nn.Module):
         # our reading: no block of a ViT has a finer map, and its tokens know no edge within a patch. But its first layer,
         # which is a convolution, can be read at more places, as a dilated ResNet is: no weight is added to CLIP's.
         step = self.stride // (4 if self.stride % 4 == 0 else 2)
-        before = (self.stride - step) // 2  # so that a cell lies in the middle of its patch; beyond the border, the border's pixels
-        rows, cols = ((torch.arange(side + self.stride - step, device=image.device) - before).clamp(0, side - 1) for side in image.shape[2:])
+        more = self.stride - step  # so that a cell lies in the middle of its patch; beyond the border, the border's pixels
+        rows, cols = ((torch.arange(side + more, device=image.device) - more // 2).clamp(0, side - 1) for side in image.shape[2:])
         return F.conv2d(image[:, :, rows][..., cols], self.visual.conv1.weight, stride=step)
 
 
