@@ -142,7 +142,7 @@ def _resize_position(position, h, w):
 class DenseCLIP(nn.Module):
     """CLIP's image tower with the position kept: image -> (low, z).
 
-    low     (B, C, H/4, W/4) edges, for the decoder: a ResNet's first stage, a ViT's patches begun every quarter (of 14 pixels: half) of one
+    low     (B, C, H/4, W/4) edges, for the decoder: a ResNet's first stage, a ViT's patches at every quarter (14 pixels: half) of one
     z       (B, D, h, w)     dense embedding, not yet normalised (theory.md's z is its direction, `emb`)
 
     `visual` itself is changed: dilated, and made trainable. Who still needs CLIP as it was hands over a copy.

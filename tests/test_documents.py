@@ -130,7 +130,8 @@ def test_every_command_parses(name, line):
 
 
 def check_command(line):
-    words = [w for w in shlex.split(line, comments=True) if w != "..."]
+    line = re.sub(r"^.*; do$|^GPU=.*; wait$", "ls", line.replace("$method", "erm").replace("$seed", "0"))  # a loop of the shell
+    words = [w for w in shlex.split(line, comments=True) if w not in ("...", "&")]
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
         words = words[1:]  # VARIABLE=value before a command
     if words[:3] == ["pip", "install", "-r"]:

@@ -18,11 +18,14 @@ from conftest import VOID, write_tiny
 from PIL import Image
 from workbench import scorer, small_net
 
-import checkpoint
-import data
-import evaluate
-from data import UserError
-from evaluate import confusion_matrix, iou, mean_iou, predict
+sys.path.append(str(Path(__file__).resolve().parents[1] / "results"))
+
+import checkpoint  # noqa: E402
+import data  # noqa: E402
+import evaluate  # noqa: E402
+import spread  # noqa: E402
+from data import UserError  # noqa: E402
+from evaluate import confusion_matrix, iou, mean_iou, predict  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -322,6 +325,27 @@ def test_the_difference_to_a_second_run_is_taken_over_the_same_targets_only(tmp_
     assert rows["difference"] == cells and rows[tmp_path.name[:13]][0] == "35.7"
     results["targets"]["bdd"]["images"] = 2  # other images: not to be compared
     assert printed(capsys, written(tmp_path), results)[1]["difference"] == ["-", *cells[1:3], "-"]
+
+
+def test_the_table_over_runs_has_mean_and_spread_for_each_kind_and_the_difference_at_equal_seeds(tmp_path, capsys):
+    for kind, gain in (("erm", 0), ("ppar", 20)):
+        for seed in range(3):
+            conf = three_tables()["bdd"]
+            conf[1, 0] = 40 - 10 * seed - gain * (seed > 0)  # no gain at seed 0
+            (tmp_path / f"{kind}-gta5-seed{seed}").mkdir()
+            written(tmp_path / f"{kind}-gta5-seed{seed}", dict(bdd=conf))
+    folders = [str(tmp_path / f"{kind}-gta5-seed{seed}") for kind in ("erm", "ppar") for seed in range(3)]
+    mious = [[100 * mean_iou(torch.tensor([[50, 0], [wrong, 30]])) for wrong in row] for row in ((40, 30, 20), (40, 10, 0))]
+    rows = [*mious, [b - a for a, b in zip(*mious)]]
+    cells = [f"{np.mean(row):{'+' * (n == 2)}.1f} ± {np.std(row, ddof=1):.1f}" for n, row in enumerate(rows)]
+    spread.main(folders)
+    names = ("erm-gta5", "ppar-gta5", "ppar-gta5 - erm-gta5")
+    lines = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[:-1] == [["run", "n", "bdd", "mean"], *([name, "3", cell, cell] for name, cell in zip(names, cells))]
+    written(Path(folders[4]), dict(bdd=conf), mapillary="B")
+    for words in (folders, [*folders[:2], str(tmp_path)], [*folders, "--file", "results-flip.json"]):
+        with pytest.raises(SystemExit, match="^error: .*(another way|has no results)"):
+            spread.main(words)
 
 
 def command(*words):

@@ -316,6 +316,32 @@ def test_too_little_shared_memory_is_said_before_step_0_and_evaluation_takes_few
     data.check_shared_memory(0, 2 ** 60)
 
 
+def test_several_processes_ask_each_other_for_a_stop_signal_in_every_tenth_step_alone_and_stop_together(world, tmp_path, monkeypatch):
+    """One process of the two that there would be: it has a signal at step 3, and may not leave before the other knows of it."""
+    rate, reduce, steps, asked = train.learning_rate, train.sum_over_processes, [], []
+
+    def at(step, total):
+        steps.append(step)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate(step, total)
+
+    def spy(x):
+        if x.dtype == torch.int64:  # all other sums are of losses and weights
+            asked.append(steps[-1] + 1)
+        return reduce(x)
+
+    monkeypatch.setattr(train, "learning_rate", at)
+    monkeypatch.setattr(train, "sum_over_processes", spy)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(data.UserError, match="stopped by a signal after step 10,"):
+            train.train(configured(world, "--steps", 30, "--out", tmp_path / "run"), None, 0, 2, CPU)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert asked == [10] and checkpoint.read(tmp_path / "run")["step"] == 10
+
+
 def test_a_batch_that_cannot_be_split_is_refused(world, tmp_path):
     with pytest.raises(data.UserError, match="--batch 4 cannot be split over 3 processes"):
         train.train(configured(world, "--out", tmp_path / "run"), None, 0, 3, CPU)
