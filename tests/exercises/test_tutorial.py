@@ -1,10 +1,13 @@
-"""What exercises.md says is true: its step on paper is the step of the code, its eight lines work in networks of others."""
+"""What exercises.md says is true: its step on paper is that of the code, its eight lines work elsewhere, its checks check."""
 
+import codecs
+import contextlib
 import re
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import test_checks
 import torch
 import torchvision.models.segmentation as zoo
 from torch.nn.functional import cross_entropy
@@ -52,7 +55,7 @@ def test_the_step_on_paper_is_the_step_of_the_code_and_both_demonstrations_print
     assert all(" ".join(column) in by_reweight for column in (omega, place, weight)) and f"L_seg {losses[0]}" in by_reweight
 
 
-@pytest.mark.parametrize("name, channels", [("deeplabv3_resnet50", 2048), ("lraspp_mobilenet_v3_large", 960)])
+@pytest.mark.parametrize("name, channels", [("deeplabv3_resnet50", 2048), ("lraspp_mobilenet_v3_large", 960)], ids=["deeplab", "lraspp"])
 def test_the_eight_lines_train_a_segmentation_network_of_torchvision(name, channels):
     lines = re.search(r"```python\n(.*?)```", TEXT, re.S)[1]
     torch.manual_seed(0)
@@ -73,3 +76,32 @@ def test_the_eight_lines_train_a_segmentation_network_of_torchvision(name, chann
         at["loss"].backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for module in (net, project) for p in module.parameters())
     assert len(lines.strip().split("\n")) == 8
+
+
+def answers(number=None):
+    """A module of right answers, or with the one of this number gone wrong."""
+    found, text = ModuleType("answers"), codecs.decode(Path(__file__).with_name("answers.rot13.txt").read_text(), "rot13")
+    exec(text, vars(found))
+    exec(text.replace(*found.WRONG.get(number, ("", "")), 1), vars(found))
+    return found
+
+
+@pytest.mark.parametrize("check", [check for name, check in vars(test_checks).items() if name.startswith("test_")],
+                         ids=lambda check: re.sub(r"\W|\d", "", check.__name__))
+def test_a_check_fails_on_its_stub_and_on_a_wrong_answer_and_passes_on_a_right_one(check, tmp_path):
+    number = re.match(r"test_0?(\d+)", check.__name__)[1]
+    stub = test_checks.module(Path(__file__).with_name("stubs.py"))
+    cases = dict(stub=(stub, NotImplementedError), wrong=(answers(number), AssertionError), right=(answers(), None))
+    for name, (module, error) in cases.items():
+        (tmp_path / name).mkdir()
+        given = (module, tmp_path / name)[:check.__code__.co_argcount]
+        with pytest.raises(error) if error else contextlib.nullcontext():
+            check(*given)
+
+
+def test_every_exercise_has_its_time_its_command_its_stub_and_its_check():
+    heads = re.findall(r"^### (\d+)\. .* \((.*)\)$", TEXT, re.M)
+    assert all(re.match(r"\d+ minutes|an hour|\d hours|a day", time) for _, time in heads)
+    checks = [name[5:7] for name in vars(test_checks) if name.startswith("test_")]
+    asked = re.findall(r"`pytest tests/exercises -k (\d+)`", TEXT.split("## Ten")[1])
+    assert asked == checks == [f"{int(number):02d}" for number, _ in heads] == [f"{k:02d}" for k in range(1, 11)]
