@@ -125,8 +125,7 @@ def measure(run, items, limit, weights=False):
             terms["gap"] = (out.vtp[0] - otp).norm(dim=1)[terms["label"]]
         images.append({name: value.cpu() for name, value in terms.items()})
     domain = {name: torch.cat([terms[name] for terms in images]) for name in images[0]}
-    if not len(domain["label"]):
-        raise data.UserError(f"{items[0].dataset}: none of the {len(images)} images read has a labelled pixel; check the labels.")
+    data.require(len(domain["label"]), f"{items[0].dataset}: none of the {len(images)} images read has a labelled pixel; check the labels.")
     return domain
 
 

@@ -314,9 +314,8 @@ def evaluate_targets(run, protocol=PROTOCOL, rank=0, processes=1, compare=None, 
 
 def find_targets(config):
     """Target -> its validation items, all of them before any work: a folder that is missing is missed now."""
-    own = config.holdout  # of a source, only what its training left out may be scored
-    unseen = getattr(config, "holdout_unseen", 0) or own
-    return {name: data.list_items(name, config.data_root, "val", own if name in config.source else unseen)
+    unseen = getattr(config, "holdout_unseen", 0) or config.holdout  # of a source, only what its training left out may be scored
+    return {name: data.list_items(name, config.data_root, "val", config.holdout if name in config.source else unseen)
             for name in config.targets}
 
 

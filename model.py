@@ -216,15 +216,12 @@ class DenseCLIP(nn.Module):
         x = torch.cat([v.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
         x = v.ln_pre(x + _resize_position(v.positional_embedding, h, w)).transpose(0, 1)  # (1 + hw, B, C), as CLIP has it
         x = v.ln_post(v.transformer.resblocks(x).transpose(0, 1)) @ v.proj  # (B, 1 + hw, D)
-        return self._dense_patches(image), x[:, 1:].transpose(1, 2).unflatten(2, (h, w))
-
-    def _dense_patches(self, image):
         # our reading: no block of a ViT has a finer map, and its tokens know no edge within a patch. But its first layer,
         # which is a convolution, can be read at more places, as a dilated ResNet is: no weight is added to CLIP's.
         step = self.stride // (4 if self.stride % 4 == 0 else 2)
         before = (self.stride - step) // 2  # so that a cell lies in the middle of its patch
         around = F.pad(image, 2 * (before, self.stride - step - before), mode="replicate")
-        return F.conv2d(around, self.visual.conv1.weight, stride=step)
+        return F.conv2d(around, v.conv1.weight, stride=step), x[:, 1:].transpose(1, 2).unflatten(2, (h, w))
 
 
 class SegmentationNet(nn.Module):

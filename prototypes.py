@@ -56,12 +56,6 @@ def original_text_prototypes(clip_model, class_names, templates=TEMPLATES):
     return F.normalize(torch.stack(rows), dim=1)
 
 
-def random_prototypes(num_classes, dim, seed=0):
-    """A control: K random directions (K, D), unit rows. They tell what fixed goals are worth without language."""
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(num_classes, dim, generator=generator), dim=1)
-
-
 def shuffled_prototypes(otp, seed=0):
     """A control: the same K points (K, D), each under another class's name: language's geometry without its sense."""
     order = torch.randperm(len(otp), generator=torch.Generator().manual_seed(seed))
@@ -91,7 +85,7 @@ def visual_text_prototypes(otp, emb, tau, beta=0.7, kappa=0.02):
 
 def _demo():
     torch.manual_seed(0)
-    otp = random_prototypes(4, 16)
+    otp = F.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     shift = F.normalize(torch.randn(16), dim=0)
     label = torch.randint(0, 3, (2, 8, 8))  # class 3 is in no image
     emb = F.normalize(otp[label] + shift + 0.3 * torch.randn(2, 8, 8, 16), dim=-1)

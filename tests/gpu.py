@@ -282,9 +282,9 @@ def part_table(device, sizes):
 
     def look():
         with autocast():
-            return module.vtp(image)
+            return module.as_clip_came(image)
 
-    out = ppar.Output(*(x.detach().requires_grad_() for x in forward()), look())
+    out = ppar.Output(*(x.detach().requires_grad_() for x in forward()), *look())
     parts = {"the batch to the device, as floats": lambda: data.normalise(bytes_.to(device, non_blocking=True)),
              "network, forward": forward, "network, both ways": lambda: torch.autograd.backward(forward(), [x.detach() for x in out[:2]]),
              "CLIP's look (Eq. 2)": look,

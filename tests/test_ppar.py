@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from workbench import CPU, configured, one_batch
+from workbench import CPU, configured, one_batch, unit_rows
 
 import align
 import ppar
@@ -172,7 +172,7 @@ class Tower(torch.nn.Module):
 
 @pytest.mark.parametrize("multiple, size, half", [(32, (32, 160), (32, 64)), (14, (70, 98), (28, 56))])
 def test_the_vtp_looks_at_half_the_image_in_a_size_that_the_tower_takes(multiple, size, half):
-    tower, otp, image = Tower(multiple), prototypes.random_prototypes(K, 3), torch.randn(B, 3, *size)
+    tower, otp, image = Tower(multiple), unit_rows(K, 3), torch.randn(B, 3, *size)
     vtp, emb = ppar.PPAR(torch.nn.Identity(), otp, tower, TAU).as_clip_came(image)
     small = F.interpolate(image, size=half, mode="bilinear", align_corners=False, antialias=True)
     assert len(tower.seen) == 1 and torch.equal(tower.seen[0], small)

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from make_clip import make_clip
+from workbench import unit_rows
 
-from prototypes import (TEMPLATES, original_text_prototypes, random_prototypes, shuffled_prototypes,
-                        visual_text_prototypes)
+from prototypes import TEMPLATES, original_text_prototypes, shuffled_prototypes, visual_text_prototypes
 
 torch.set_num_threads(1)
 
@@ -78,21 +78,9 @@ def test_a_clip_with_a_short_context_gets_short_prompts():
 # ---------------------------------------------------------------------------------------------------- the controls
 
 
-def test_random_prototypes_are_unit_rows_that_depend_on_the_seed_alone():
-    state = torch.get_rng_state()
-    rows = random_prototypes(19, 64, seed=3)
-    assert torch.equal(torch.get_rng_state(), state), "the global generator belongs to training"
-    assert rows.shape == (19, 64)
-    torch.testing.assert_close(rows.norm(dim=1), torch.ones(19))
-    assert torch.equal(rows, random_prototypes(19, 64, seed=3))
-    assert not torch.allclose(rows, random_prototypes(19, 64, seed=4))
-    assert torch.equal(random_prototypes(19, 64), random_prototypes(19, 64, seed=0))
-    assert (rows @ rows.T - torch.eye(19)).abs().max() < 0.7
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_shuffled_prototypes_are_the_same_points_and_no_class_keeps_its_own(seed):
-    otp = random_prototypes(19, 8)
+    otp = unit_rows(19, 8)
     rows = shuffled_prototypes(otp, seed)
     found = (rows[:, None] == otp[None]).all(dim=2).int()  # row i is text j
     assert (found.sum(0) == 1).all() and (found.sum(1) == 1).all() and found.diagonal().sum() == 0

@@ -18,6 +18,11 @@ CPU = torch.device("cpu")
 TERMS = ("loss", "seg", "align")
 
 
+def unit_rows(number, dim, seed=0):
+    """Random directions (number, dim), in the place of prototypes."""
+    return torch.nn.functional.normalize(torch.randn(number, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
 def main(*flags, scored=False, every=1):
     """train.main in this process, every step logged (or as told) -> None, or the sentence that it ended with."""
     score = evaluate.evaluate_targets if scored else lambda *args, **kwargs: dict(targets={})
