@@ -62,18 +62,22 @@ def interleaved(functions, repeats, device=CPU):
     return {name: statistics.median(one[name] for one in rounds[1:]) for name in functions}
 
 
-def allocated(device, peak=False):
-    """GiB of a GPU, or of this process, that are in use now, or were at most since forget_peak (Linux)."""
+def allocated(device, key="VmRSS"):
+    """GiB in use now, of a GPU or of this process (Linux)."""
     if device.type == "cuda":
-        return (torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)) / 2 ** 30
-    return int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2 ** 20
+        return torch.cuda.memory_allocated(device) / 2 ** 30
+    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2 ** 20
 
 
-def forget_peak(device):
+def peak(function, device):
+    """GiB in use at most during a call."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
+        function()
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    function()
+    return allocated(device, "VmHWM")
 
 
 def network(name, method, device=CPU, **flags):

@@ -18,7 +18,7 @@ import torch
 from make_clip import make_clip, write_archive, write_state_dict
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent / folder) for folder in ("", "results")]
 
 
 VOID = 255

@@ -11,7 +11,6 @@ as tests. Times are medians of interleaved repetitions (A B A B ...), so that a 
 import argparse
 import contextlib
 import copy
-import dataclasses
 import functools
 import importlib.util
 import io
@@ -73,8 +72,7 @@ def parity(device, folder, sizes):
     said = []
     for name in sizes["few"]:
         module, config, _ = bench.network(name, "ppar", amp="fp32", **sizes["parity"])
-        config = dataclasses.replace(config, ramp=(0.0, 1.0), tau=0.03)  # a tau at which some labels lose their weight, not all
-        module.tau = config.tau
+        config.ramp, config.tau, module.tau = (0, 1), 0.03, 0.03  # at which some labels lose their weight, not all
         other = copy.deepcopy(module).to(device, memory_format=torch.channels_last)
         image, label = bench.random_batch(config)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # matrices are multiplied without it by default
@@ -108,10 +106,9 @@ def compare(ours, theirs):
 
 def bf16(device, folder, sizes):
     """The first loss in bfloat16 is within 2 % of float32's."""
-    gaps = []
-    for name in sizes["few"]:
-        half, full = (bench.network(name, "ppar", device, **sizes["parity"], amp=amp)[2]().item() for amp in ("bf16", "fp32"))
-        gaps.append(abs(half / full - 1))
+    losses = [[bench.network(name, "ppar", device, **sizes["parity"], amp=amp)[2]().item() for amp in ("bf16", "fp32")]
+              for name in sizes["few"]]
+    gaps = [abs(half / full - 1) for half, full in losses]
     assert 0 < max(gaps) < 0.02, gaps
     return f"first loss off by {max(gaps):.1e} of it"
 
@@ -211,8 +208,7 @@ def compiled(device, folder, sizes):
 def processes(device, folder, sizes):
     """torchrun on as many GPUs as there are (two processes on a CPU) has the losses of one process."""
     number = torch.cuda.device_count() if device.type == "cuda" else 2
-    batch = number * max(1, 8 // number)
-    flags = ["--batch", batch, "--steps", 20]
+    flags = ["--batch", number * max(1, 8 // number), "--steps", 20]
     assert drawn(sizes, device, folder / "one", *flags) is None
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
     flags = [*sizes["drawn"].split(), *flags, "--no-figures", "--device", device.type, "--out", folder / "many"]
@@ -227,14 +223,6 @@ CHECKS = dict(parity=parity, bf16=bf16, synchronisations=synchronisations, resum
               compiled=compiled, processes=processes)
 
 # ------------------------------------------------------------------------------------------------------------- tables
-
-
-def gib(device, function, before=None):
-    """GiB in use at most during a call, beyond `before` (default: what is in use now)."""
-    before = bench.allocated(device) if before is None else before
-    bench.forget_peak(device)
-    function()
-    return bench.allocated(device, peak=True) - before
 
 
 def busy(function, device):
@@ -259,7 +247,7 @@ def step_table(device, sizes):
             before = bench.allocated(device)
             _, config, step[method] = bench.network(name, method, device, **sizes["flags"])
             step[method]()  # makes the optimiser's moments
-            peak[method] = gib(device, step[method], before)
+            peak[method] = bench.peak(step[method], device) - before
         several = {method: lambda one=one: [one() for _ in range(sizes["together"])] for method, one in step.items()}
         seconds = {method: s / sizes["together"] for method, s in bench.interleaved(several, sizes["repeats"], device).items()}
         rows += [dict(clip=name, method=method, ms=1000 * seconds[method], ratio=seconds[method] / seconds["erm"],
@@ -312,12 +300,13 @@ def evaluation_table(device, sizes):
     rows = []
     for name, size in itertools.product(sizes["few"], sizes["pictures"]):
         module, config, _ = bench.network(name, "erm", device, **sizes["flags"])
+        before = bench.allocated(device)
         score, image = evaluate.make_scorer(module.eval(), config), torch.randn(3, *size, device=device)
         for slide in (0, sizes["window"]):
             once = functools.partial(evaluate.predict, score, image, size, slide=slide)
             row = dict(clip=name, image=f"{size[0]} x {size[1]}", windows=slide or "whole", s=None, peak_gib=None)
             with contextlib.suppress(torch.cuda.OutOfMemoryError):
-                row.update(peak_gib=gib(device, once), s=bench.interleaved({"": once}, 2, device)[""])
+                row.update(peak_gib=bench.peak(once, device) - before, s=bench.interleaved({"": once}, 2, device)[""])
             rows.append(row)
     return rows
 

@@ -18,14 +18,11 @@ from conftest import VOID, write_tiny
 from PIL import Image
 from workbench import scorer, small_net
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "results"))
-
-import checkpoint  # noqa: E402
-import data  # noqa: E402
-import evaluate  # noqa: E402
-import spread  # noqa: E402
-from data import UserError  # noqa: E402
-from evaluate import confusion_matrix, iou, mean_iou, predict  # noqa: E402
+import checkpoint
+import data
+import evaluate
+from data import UserError
+from evaluate import confusion_matrix, iou, mean_iou, predict
 
 torch.set_num_threads(1)
 
@@ -268,12 +265,11 @@ def test_an_unfinished_run_is_called_one_and_a_target_without_pixels_is_in_no_me
     assert results["evaluation_size"] == "label's full size; input scale 1.0, whole image"
 
 
-@pytest.mark.parametrize("protocol, words", [(dict(size=(1024, 2048), slide=512), "input 1024 x 2048, slide 512/341"),
-                                             (dict(height=1536), "input height 1536, whole image")])
-def test_every_row_says_the_size_that_the_input_was_brought_to(tmp_path, protocol, words):
-    results = written(tmp_path, protocol={**evaluate.PROTOCOL, **protocol})
-    rows = [*csv.DictReader((tmp_path / "results.csv").read_text().splitlines())]
-    assert {row["evaluation_size"] for row in [results, *results["targets"].values(), *rows]} == {f"label's full size; {words}"}
+def test_every_row_says_the_size_that_the_input_was_brought_to(tmp_path):
+    for protocol, words in ((dict(size=(1024, 2048), slide=512), "1024 x 2048, slide 512/341"), (dict(height=9), "height 9, whole image")):
+        results = written(tmp_path, protocol={**evaluate.PROTOCOL, **protocol})
+        rows = [results, *results["targets"].values(), *csv.DictReader((tmp_path / "results.csv").read_text().splitlines())]
+        assert {row["evaluation_size"] for row in rows} == {f"label's full size; input {words}"}
 
 
 def test_a_run_that_was_trained_on_synthia_has_the_means_over_16_and_13_classes_too(tmp_path, capsys):
@@ -325,27 +321,6 @@ def test_the_difference_to_a_second_run_is_taken_over_the_same_targets_only(tmp_
     assert rows["difference"] == cells and rows[tmp_path.name[:13]][0] == "35.7"
     results["targets"]["bdd"]["images"] = 2  # other images: not to be compared
     assert printed(capsys, written(tmp_path), results)[1]["difference"] == ["-", *cells[1:3], "-"]
-
-
-def test_the_table_over_runs_has_mean_and_spread_for_each_kind_and_the_difference_at_equal_seeds(tmp_path, capsys):
-    for kind, gain in (("erm", 0), ("ppar", 20)):
-        for seed in range(3):
-            conf = three_tables()["bdd"]
-            conf[1, 0] = 40 - 10 * seed - gain * (seed > 0)  # no gain at seed 0
-            (tmp_path / f"{kind}-gta5-seed{seed}").mkdir()
-            written(tmp_path / f"{kind}-gta5-seed{seed}", dict(bdd=conf))
-    folders = [str(tmp_path / f"{kind}-gta5-seed{seed}") for kind in ("erm", "ppar") for seed in range(3)]
-    mious = [[100 * mean_iou(torch.tensor([[50, 0], [wrong, 30]])) for wrong in row] for row in ((40, 30, 20), (40, 10, 0))]
-    rows = [*mious, [b - a for a, b in zip(*mious)]]
-    cells = [f"{np.mean(row):{'+' * (n == 2)}.1f} ± {np.std(row, ddof=1):.1f}" for n, row in enumerate(rows)]
-    spread.main(folders)
-    names = ("erm-gta5", "ppar-gta5", "ppar-gta5 - erm-gta5")
-    lines = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
-    assert lines[:-1] == [["run", "n", "bdd", "mean"], *([name, "3", cell, cell] for name, cell in zip(names, cells))]
-    written(Path(folders[4]), dict(bdd=conf), mapillary="B")
-    for words in (folders, [*folders[:2], str(tmp_path)], [*folders, "--file", "results-flip.json"]):
-        with pytest.raises(SystemExit, match="^error: .*(another way|has no results)"):
-            spread.main(words)
 
 
 def command(*words):

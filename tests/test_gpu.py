@@ -4,14 +4,20 @@ import contextlib
 import copy
 import json
 import os
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import gpu
+import numpy as np
 import pytest
+import spread
 import torch
+from test_evaluate import three_tables, written
 
 import checkpoint
 import ppar
+from evaluate import mean_iou
 from model import DenseCLIP
 
 CPU = torch.device("cpu")
@@ -114,3 +120,24 @@ def test_a_package_that_is_missing_is_named_with_the_wheel_to_bring():
     assert gpu.missing_wheels() == ""
     told = gpu.missing_wheels(["torch>=2.6", "no_such_package<3", "Pillow"])
     assert "pip download -d wheels 'no_such_package<3';" in told and "--no-index" in told and "torch" not in told and "Pillow" not in told
+
+
+def test_the_table_over_runs_has_mean_and_spread_for_each_kind_and_the_difference_at_equal_seeds(tmp_path, capsys):
+    for kind, gain in (("erm", 0), ("ppar", 20)):
+        for seed in range(3):
+            conf = three_tables()["bdd"]
+            conf[1, 0] = 40 - 10 * seed - gain * (seed > 0)  # no gain at seed 0
+            (tmp_path / f"{kind}-gta5-seed{seed}").mkdir()
+            written(tmp_path / f"{kind}-gta5-seed{seed}", dict(bdd=conf))
+    folders = [str(tmp_path / f"{kind}-gta5-seed{seed}") for kind in ("erm", "ppar") for seed in range(3)]
+    mious = [[100 * mean_iou(torch.tensor([[50, 0], [wrong, 30]])) for wrong in row] for row in ((40, 30, 20), (40, 10, 0))]
+    rows = [*mious, [b - a for a, b in zip(*mious)]]
+    cells = [f"{np.mean(row):{'+' * (n == 2)}.1f} ± {np.std(row, ddof=1):.1f}" for n, row in enumerate(rows)]
+    spread.main(folders)
+    names = ("erm-gta5", "ppar-gta5", "ppar-gta5 - erm-gta5")
+    lines = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[:-1] == [["run", "n", "bdd", "mean"], *([name, "3", cell, cell] for name, cell in zip(names, cells))]
+    written(Path(folders[4]), dict(bdd=conf), mapillary="B")
+    for words in (folders, [*folders[:2], str(tmp_path)], [*folders, "--file", "results-flip.json"]):
+        with pytest.raises(SystemExit, match="^error: .*(another way|has no results)"):
+            spread.main(words)
