@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import re
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -106,3 +107,11 @@ def test_every_exercise_has_its_time_its_command_its_stub_and_its_check():
     checks = [name[5:7] for name in vars(test_checks) if name.startswith("test_")]
     asked = re.findall(r"`pytest tests/exercises -k (\d+)`", TEXT.split("## Ten")[1])
     assert asked == checks == [f"{int(number):02d}" for number, _ in heads] == [f"{k:02d}" for k in range(1, 11)]
+
+
+def test_the_sentence_on_noise_is_that_of_the_committed_runs():
+    sys.path.insert(0, str(ROOT / "results"))
+    import pictures
+
+    lines = pictures.ablate.read(ROOT / "results" / "toy.csv")
+    assert pictures.noise_sentence(lines) in (ROOT / "results" / "README.md").read_text(encoding="utf-8"), "python results/pictures.py"
