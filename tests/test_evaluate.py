@@ -342,8 +342,7 @@ def test_a_finished_run_is_scored_again_by_command_and_another_protocol_leaves_i
     conf = evaluate.evaluate_dataset(scorer(net, otp, 0.25), items, protocol=dict(slide=32, flip=True))
     assert results["targets"]["bdd"]["miou"] == pytest.approx(100 * mean_iou(conf)) and results["targets"]["bdd"]["images"] == 3
     assert results["evaluation_size"] == "label's full size; input scale 1.0, slide 32/21, flip averaged"
-    said = capsys.readouterr()
-    assert results["run"] == "run" and "bicycle" in said.out and "bdd: 100%" in said.err
+    assert results["run"] == "run" and "bicycle" in (said := capsys.readouterr()).out and "bdd: 100%" in said.err
     assert sorted(path.name for path in run[0].iterdir()) == ["last.pt", "results-slide-32-flip.csv", "results-slide-32-flip.json",
                                                                 "results.json"]
     named = "RUN --targets acdc idd --size 1024 2048 --mapillary B --workers 3 --device cpu --compare OTHER"

@@ -156,6 +156,7 @@ def slope(z, y, p, tau):
 def test_slopes_are_those_of_autograd_and_approach_the_constant_far_out_towards_the_farthest_rival(g, p, tau):
     y, z = int(torch.randint(0, len(p), (1,), generator=g)), uniform(g, 0, 3) * units(g, p.shape[1])
     label, steep, at_hub = torch.tensor([y]), bound.lipschitz_per_class(p, tau)[y].item(), bound.hub_terms(p, tau)[1][y]
+    yield "ceiling", bound.loss_ceiling(p, tau), max(math.log(sum(math.exp(float((c - q).norm()) / tau) for c in p)) for q in p)
     yield "Eq. 9", abs(steep - max(float((c - p[y]).norm()) for c in p) / tau), 0
     yield "Eq. 10", abs(slope(p[y], y, p, tau) - at_hub), 0
     yield "Eq. 25", abs(slope(z, y, p, tau) - bound.local_slope(z[None], label, p, tau)), 0

@@ -95,7 +95,7 @@ def test_two_sources_and_a_vit_train_and_are_scored(world, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(*world["flags"], "--source", "gta5", "synthia", "--targets", "bdd", "--clip", world["vit"],
                 "--steps", 3, "--out", out, scored=True) is None
-    assert "gta5 (5 images) + synthia (3 images)" in capsys.readouterr().out
+    assert "gta5 (5 images) + synthia (3 images)" in (said := capsys.readouterr().out) and f"python bound.py {out}" in said
     assert json.loads((out / "results.json").read_text())["targets"]["bdd"]["images"] == 3
     assert read_state(out)["arch"]["visual"]["kind"] == "vit" and len(read_log(out)) == 3
 
