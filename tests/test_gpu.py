@@ -16,7 +16,9 @@ import torch
 from test_evaluate import three_tables, written
 
 import checkpoint
+import evaluate
 import ppar
+import train
 from evaluate import mean_iou
 from model import DenseCLIP
 
@@ -141,3 +143,20 @@ def test_the_table_over_runs_has_mean_and_spread_for_each_kind_and_the_differenc
     for words in (folders, [*folders[:2], str(tmp_path)], [*folders, "--file", "results-flip.json"]):
         with pytest.raises(SystemExit, match="^error: .*(another way|has no results)"):
             spread.main(words)
+
+
+def test_logits_are_contiguous_before_losses_and_scores_and_cudnn_tries_algorithms_in_training_alone(monkeypatch):
+    module, config, _ = gpu.bench.network("small ResNet", "ppar", amp="bf16", crop=64, batch=2)
+    image, label = gpu.bench.random_batch(config)
+    _, autocast, layout = checkpoint.precision("bf16", CPU)
+    torch.backends.cudnn.benchmark = True
+    score = evaluate.make_scorer(module, config)
+    assert layout == torch.channels_last and torch.backends.cudnn.benchmark is False  # pictures have many sizes
+    seen, real = [], torch.nn.functional.interpolate
+    monkeypatch.setattr(torch.nn.functional, "interpolate", lambda x, *a, **k: seen.append(x.is_contiguous()) or real(x, *a, **k))
+    image = image.contiguous(memory_format=layout)
+    *_, whole = train.backward(module, image, label, config, 0, autocast)
+    assert whole.logits.is_contiguous() and whole.emb.is_contiguous()
+    seen.clear()
+    score(image)
+    assert seen[-1]  # the logits, brought to the picture's size
