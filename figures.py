@@ -4,7 +4,7 @@ A table says how much; a figure says what. Each of them asks one question of the
 
     predictions_TARGET.png   image, truth, prediction (beside a second run's), omega of Eq. 5        where does it fail?
     reliability.png          omega and w of Eq. 6 beside the pixels that really are harmful          does it find them?
-    embedding.png            pixels and prototypes in two dimensions, before and after training      did they meet?
+    embedding.png            pixels, OTP and VTP in two dimensions, before and after training        did they meet?
     curves.png               distance and loss to OTP and VTP over training, with lambda of Eq. 4    which goal is easy?
     overlay_NAME.png         the prediction laid over a picture of the user's own
 
@@ -105,26 +105,28 @@ def figure_reliability(path, scenes, note=""):
 def figure_embedding(path, otp, stages):
     """Pixels and prototypes otp (K, D) in two dimensions, one line per stage, one column per group of domains.
 
-    stages  {"before": {"source": (emb (n, D), label (n,)), "targets": ...}, "after": ...}
+    stages  {"before": {"source": (emb (n, D), label (n,), vtp (K, D), the mean over images, or None), "targets": ...}, "after": ...}
     Each stage has its own plane, the two main directions of its pixels and prototypes together, which its columns
     share: where source and targets lie in it can be compared by eye.
     """
     groups = next(iter(stages.values()))
     fig = Figure((5.2 * len(groups), 4.4 * len(stages) + 0.8), layout="constrained")
     axes = fig.subplots(len(stages), len(groups), squeeze=False, sharex="row", sharey="row")
-    present = np.unique(np.concatenate([label for parts in stages.values() for _, label in parts.values()]))
-    stars = np.asarray(otp, np.float64)[present]
+    present = np.unique(np.concatenate([label for parts in stages.values() for _, label, _ in parts.values()]))
+    stars, far = np.asarray(otp, np.float64)[present], []
     for line, (stage, parts) in zip(axes, stages.items()):
-        points = np.concatenate([stars, *(emb for emb, _ in parts.values())])
+        points = np.concatenate([stars, *(emb for emb, _, _ in parts.values())])
         centre = points.mean(0)
         _, strength, axis = np.linalg.svd(points - centre, full_matrices=False)  # rows of axis: directions, main first
         share = 100 * strength ** 2 / (strength ** 2).sum()
-        for ax, (group, (emb, label)) in zip(line, parts.items()):
+        for ax, (group, (emb, label, vtp)) in zip(line, parts.items()):
             ax.scatter(*axis[:2] @ (emb - centre).T, c=data.COLORS[label] / 255, s=5, alpha=0.6, linewidths=0)
-            ax.scatter(*axis[:2] @ (stars - centre).T, c=data.COLORS[present] / 255, s=130, marker="*", edgecolors="black")
+            for at, marker, size in ((stars, "*", 130), *([] if vtp is None else [(vtp[present], "D", 30)])):
+                ax.scatter(*axis[:2] @ (at - centre).T, c=data.COLORS[present] / 255, s=size, marker=marker, edgecolors="black")
+            far.append(np.linalg.norm(emb - np.asarray(otp)[label], axis=1).mean())
             ax.set(title=f"{stage}: {group}", xlabel=f"first direction ({share[0]:.0f} % of the variance)")
         line[0].set_ylabel(f"second direction ({share[1]:.0f} %)")
-    _finish(fig, path, "pixels, and the text prototypes (OTP) as stars", present)
+    _finish(fig, path, "from source pixels to OTPs (star; diamond: VTP): " + ", then ".join(f"{x:.2f}" for x in far[::len(parts)]), present)
 
 
 def figure_curves(path, rows):
@@ -137,7 +139,9 @@ def figure_curves(path, rows):
         ax.set_ylabel(name)
         ax.legend(frameon=False)
     ax.set(xlabel="step", ylim=(-0.05, 1.05))
-    _finish(fig, path, "pixels and the prototypes of their classes, over training", classes=())
+    late, kinds = rows[-len(rows) // 4:], ("radius_", "loss_")
+    best = [min((key for key in rows[0] if key.startswith(kind)), key=lambda key: sum(row[key] for row in late)) for kind in kinds]
+    _finish(fig, path, f"the nearest goal in the last quarter: {best[0]}; the easiest: {best[1]}", classes=())
 
 
 def draw_figures(run, compare=None):
@@ -153,7 +157,9 @@ def draw_figures(run, compare=None):
             tensor = data.to_tensor(image).to(run.ppar.otp.device)
             predictions = {title: predict(score, tensor, label.shape) for title, score in scorers.items()}
             rows.append({"image": image, "truth": label, **predictions, "omega, Eq. 5": _trust(run, tensor, label)[0]})
-        figure_predictions(out / f"predictions_{name}.png", rows, name + " (unseen)" * (name not in config.source))
+        right = np.mean([(row[[*scorers][-1]] == row["truth"])[row["truth"] != VOID].mean() for row in rows])
+        said = f"{name}{' (unseen)' * (name not in config.source)}: {right:.0%} of the pixels are right"
+        figure_predictions(out / f"predictions_{name}.png", rows, said)
     if log := checkpoint.read_log(out):
         figure_curves(out / "curves.png", log)
     for source in [name for name in config.source if name.startswith("toy-")][:1]:  # drawn scenes know what is harmful
@@ -172,7 +178,7 @@ def _draw_embedding(run, targets, path):
     except UserError as error:
         print(f"no figure of the embedding: {error}")
         return
-    modules = {"before (CLIP)": ppar.PPAR(net, otp).to(otp.device).eval(), "after training": run.ppar}
+    modules = {"before (CLIP)": ppar.PPAR(net, otp, run.ppar.clip, config.tau).to(otp.device).eval(), "after training": run.ppar}
     own = [data.list_items(name, config.data_root, "train", config.holdout) for name in config.source]
     unseen = [items for name, items in targets.items() if name not in config.source]
     groups = {group: [data.load_pair(item, config.mapillary) for items in lists for item in data.evenly(items, number)]
@@ -190,13 +196,14 @@ def _trust(run, image, label):
 
 
 def _pixels(module, pairs, per_class=40):
-    """Cells of some images and their labels, of each class as many as there are, to a limit: emb (n, D), label (n,)."""
+    """Cells of some images and their labels, so many of each class at most: emb (n, D), label (n,), mean VTP."""
     looks = [ppar.look(module, data.to_tensor(image), label) for image, label in pairs]
     emb = np.concatenate([out.emb[0].flatten(1).T.cpu() for out, _, _ in looks])
     label = np.concatenate([grid.flatten().cpu() for _, _, grid in looks])
     rng = np.random.default_rng(0)
     chosen = np.concatenate([rng.permutation(np.flatnonzero(label == c))[:per_class] for c in range(len(data.CLASSES))])
-    return emb[chosen], label[chosen]
+    vtp = None if looks[0][0].vtp is None else np.mean([out.vtp[0].cpu().numpy() for out, _, _ in looks], axis=0)
+    return emb[chosen], label[chosen], vtp
 
 
 def segment_pictures(run, files):

@@ -1,4 +1,4 @@
-"""pictures.py: the committed pictures, but for those of a run (figures.py): two of two finished runs, two without.
+"""pictures.py: the committed pictures: of two finished runs, and two that need none.
 
     python train.py --out runs/full && python train.py --method erm --out runs/erm
     python results/pictures.py runs/full runs/erm
@@ -9,8 +9,10 @@ noise.png    what a seed does to a score, from results/toy.csv; its sentence goe
 strip.png    one scene of an unseen domain: image, truth, the baseline's prediction, the method's
 method.png   one source scene in CLIP's space: its cells (Eq. 6 as size), both prototypes of each class (Eq. 1 and 2), and
              the path of the goal from one to the other (Eq. 4), in the plane of the largest variance of all of them
+walk_*.png   figures of the first run, drawn again beside the second, for the walk in results/README.md
 """
 
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -129,6 +131,9 @@ def main(*runs):
         full, baseline = map(checkpoint.load_run, runs)
         strip(ROOT / "results" / "strip.png", full, baseline)
         print("figure:", method(ROOT / "results" / "method.png", full))
+        figures.draw_figures(full, baseline)
+    for name in ("curves", "embedding", "reliability", "predictions_toy-night"):
+        print("figure:", shutil.copy(full.path / f"{name}.png", ROOT / "results" / f"walk_{name}.png"))
 
 
 if __name__ == "__main__":
