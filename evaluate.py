@@ -341,12 +341,10 @@ def _demo():
     conf = torch.tensor([[93, 1], [4, 2]])
     print(f"conf {conf.tolist()}: IoU 93/98 and 2/7, mIoU {mean_iou(conf):.3f}")
     assert abs(mean_iou(conf) - (93 / 98 + 2 / 7) / 2) < 1e-12
-
     images = [([0, 0, 0, 0], [0, 0, 0, 0]), ([1, 0, 0, 0], [1, 1, 0, VOID])]  # (prediction, label)
     tables = [confusion_matrix(pred, label, 2) for pred, label in images]
     apart = sum(mean_iou(table) for table in tables) / 2
     print(f"one table for two images: mIoU {mean_iou(sum(tables)):.3f}; the mean of their mIoUs would say {apart:.3f}")
-
     print("Notice: a data set has one table, so its score is not the mean over its images.")
 
 

@@ -265,7 +265,7 @@ def check_first_step(module, optimizer):
 
 @torch.no_grad()
 def describe(terms, at, out, otp, label, config, done):
-    """A row of log.jsonl: the terms, and which goal is the easier one, by distance and by loss (Eq. 3, w = 1; this process's
+    """A row of log.jsonl: the terms, which goal is the easier one, by distance and by loss (Eq. 3, w = 1), mean omega (this process's
     pixels). All processes take part. Nowhere else in a step does the host wait for the device."""
     values = sum_over_processes(torch.stack(list(terms.values()))).tolist()
     row = dict(step=done, loss=sum(values), **dict(zip(terms, values)), **at)
@@ -279,6 +279,8 @@ def describe(terms, at, out, otp, label, config, done):
         if goal is not None:
             row["radius_" + name] = (align.distance(out.emb, grid, goal).sum() / count).item()
             row["loss_" + name] = (align.alignment_map(out.emb, grid, goal, config.tau).sum() / count).item()
+    if config.reweight:
+        row["reliability"] = (ppar.reliability(out, otp, label, config).sum() / (label != data.VOID).sum().clamp_min(1)).item()
     return row
 
 
