@@ -98,7 +98,6 @@ SCHEDULES = {
     "reversed": lambda r: r,  # from VTP to OTP: tells an order from a mixture
     "otp": lambda r: 1.0,  # the OTP from the first step
     "vtp": lambda r: 0.0,  # the VTP from the first step
-    "both": lambda r: 0.5,  # half way between them, without an order
     "none": lambda r: None,  # no alignment
 }
 
@@ -109,6 +108,13 @@ def goal(otp, vtp, lam):
     # our reading: one goal that moves. Two losses at once would ask a pixel to be in two places.
     """
     return otp if lam == 1 else F.normalize((1 - lam) * vtp + lam * otp, dim=-1)
+
+
+def distance(emb, label, prototypes):
+    """|z - p_y|, from each pixel to the prototype of its class, (B, h, w), 0 on void; emb of unit length, prototypes as above."""
+    image = torch.arange(len(emb), device=emb.device)[:, None, None]
+    own = prototypes.expand(len(emb), -1, -1)[image, label.where(label != VOID, 0)]  # (B, h, w, D)
+    return (emb.permute(0, 2, 3, 1) - own).norm(dim=-1) * (label != VOID)
 
 
 def _demo():

@@ -117,15 +117,14 @@ def measure(run, items, limit, weights=False):
         out, full, grid = ppar.look(run.ppar, data.to_tensor(image), label)
         valid = grid[0] != data.VOID
         terms = pixel_terms(out.emb[0].permute(1, 2, 0)[valid].float(), grid[0][valid], otp, config.tau)
-        if weights:  # Eq. 6 with the ramp at 1
-            terms["weight"] = align.labels_on_grid(ppar.learning_weights(out, otp, full, config, ramp=1.0), out.emb)[0][valid]
+        if weights:  # Eq. 6 at the end of the ramp, which stays at 0 in a run without weights
+            terms["weight"] = align.labels_on_grid(ppar.learning_weights(out, otp, full, config, float(config.reweight)), out.emb)[0][valid]
         if out.vtp is not None:
-            terms["radius_vtp"] = ppar.distance(out.emb, grid, out.vtp)[0][valid]
+            terms["radius_vtp"] = align.distance(out.emb, grid, out.vtp)[0][valid]
             terms["gap"] = (out.vtp[0] - otp).norm(dim=1)[terms["label"]]
         images.append({name: value.cpu() for name, value in terms.items()})
     domain = {name: torch.cat([terms[name] for terms in images]) for name in images[0]}
-    if not len(domain["label"]):
-        raise data.UserError(f"{items[0].dataset}: none of the {len(images)} images read has a labelled pixel; check the labels.")
+    data.require(len(domain["label"]), f"{items[0].dataset}: none of the {len(images)} images read has a labelled pixel; check the labels.")
     return domain
 
 
@@ -201,6 +200,10 @@ def print_bound(report):
         print(f"{key:15s}", *(cell.rjust(max(8, len(row["domain"]))) for cell, row in zip(cells, rows)))
     print("right: Eq. 12, right_direct: Eq. 13, right_local: Eq. 25; vacuous: right is above ceiling, which no loss is")
     print("every inequality holds:", "yes" if all(row["holds"] for row in rows) else "NO: a bug")
+    targets = [row for row in rows if not row["domain"].startswith("source") and row["domain"] not in report["source"]]
+    for key in ("right", "right_direct") if len(targets) > 2 else ():
+        rho = rank_correlation([row[key] for row in targets], [row["left"] for row in targets])
+        print(f"rank correlation of {key} with the risk over the {len(targets)} targets: {rho:+.2f}")
 
 
 def _demo():

@@ -33,7 +33,7 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
-from data import UserError
+from data import UserError, require
 
 Run = namedtuple("Run", "ppar config step path")  # a trained PPAR module, its flags as a namespace, its step, its folder
 FLAGS = set("source targets data_root mapillary holdout harmful clip tau text_weight amp seed steps method".split())  # of any run
@@ -70,8 +70,8 @@ def open_folder(config, step=None):
     folder, now = Path(config.out), describe(config)
     told, log = folder / "run.json", folder / "log.jsonl"
     if step is None:
-        if (folder / "last.pt").exists():  # there from step 0 on
-            raise UserError(f"--out {folder} holds another run: give another --out, or go on with that one by --resume {folder}.")
+        require(not (folder / "last.pt").exists(),  # there from step 0 on
+                f"--out {folder} holds another run: give another --out, or go on with that one by --resume {folder}.")
         folder.mkdir(parents=True, exist_ok=True)
         log.unlink(missing_ok=True)
         return write_json(told, now)
@@ -115,9 +115,9 @@ def describe(config):
 def save(ppar, optimizer, config, step, rank=0):
     """Write last.pt, in the first process alone. Weights that are not finite are refused: the file is always one to go on with."""
     import torch
-    if not all(torch.isfinite(t).all() for t in ppar.state_dict().values() if t.is_floating_point()):
-        raise UserError(f"the weights are not finite after step {step}: the last good checkpoint stays in {config.out}; "
-                        f"start anew with a lower --lr, or look at the data (python data.py --check).")
+    require(all(torch.isfinite(t).all() for t in ppar.state_dict().values() if t.is_floating_point()),
+            f"the weights are not finite after step {step}: the last good checkpoint stays in {config.out}; "
+            f"start anew with a lower --lr, or look at the data (python data.py --check).")
     if rank == 0:
         content = dict(model=ppar.net.state_dict(), clip=ppar.clip and ppar.clip.state_dict(), otp=ppar.otp, arch=ppar.net.arch,
                        optimizer=optimizer.state_dict(), step=step, config=vars(config))
@@ -143,8 +143,7 @@ def read(folder):
     except Exception as error:
         raise UserError(f"{file} is no checkpoint that can be read ({type(error).__name__}): it is damaged or "
                         f"was not written by train.py; nothing in it was executed.") from None
-    if missing:
-        raise UserError(f"{file} was not written by train.py as it is now: it has no {', '.join(sorted(missing))}.")
+    require(not missing, f"{file} was not written by train.py as it is now: it has no {', '.join(sorted(missing))}.")
     return state
 
 
@@ -210,11 +209,9 @@ def run_flags(description):
 
 def open_run(args):
     """What run_flags has parsed -> Run, its flags replaced by those that were given."""
-    if args.run is None:
-        raise UserError("which run? Give the folder that train.py wrote, before the flags.")
+    require(args.run is not None, "which run? Give the folder that train.py wrote, before the flags.")
     for name in ("holdout", "workers"):
-        if getattr(args, name, 0) < 0:
-            raise UserError(f"--{name} {getattr(args, name)} cannot be negative.")
+        require(getattr(args, name, 0) >= 0, f"--{name} {getattr(args, name, 0)} cannot be negative.")
     run = load_run(args.run, choose_device(args.device))
     run.config.out, run.config.holdout_unseen = args.run, args.holdout
     given = {name: getattr(args, name, None) for name in ("targets", "data_root", "mapillary", "workers")}
@@ -229,8 +226,7 @@ def choose_device(name=None):
     name = name or ("cuda" if len(here) > 1 else "cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # one GPU for each process of a machine
-    if name not in here:
-        raise UserError(f"--device {name} cannot be used here: choose from {', '.join(here)}.")
+    require(name in here, f"--device {name} cannot be used here: choose from {', '.join(here)}.")
     return torch.device(name)
 
 

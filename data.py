@@ -27,6 +27,7 @@ import functools
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 import warnings
@@ -266,13 +267,22 @@ def load_pair(item, mapillary="A"):
     return np.array(image), _train_ids(item, np.asarray(label), mapillary)
 
 
-def check_pairs(items, sample=32, mapillary="A"):
-    """Open pairs in full, evenly spaced over the list (all of a small one): what is wrong is found before step 0.
-
-    A sample, because training should start at once and 25,000 pairs take most of an hour; `--check` reads them all.
-    """
-    for item in evenly(items, sample):
+def check_pairs(items, mapillary="A"):
+    """Open 32 pairs in full, evenly spaced (all of a small list), so that training starts at once; `--check` reads them all."""
+    for item in evenly(items, 32):
         load_pair(item, mapillary)
+
+
+def shared_memory():
+    """Bytes that loader processes have to hand their batches over in: a container's default, 64 MiB, holds few."""
+    return shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf  # no Linux, no such limit
+
+
+def check_shared_memory(workers, batch):
+    """Each of the processes keeps two batches of so many bytes ready; where they do not fit, it dies of a bus error."""
+    need, room = (2 * workers + 1) * batch, shared_memory()
+    require(workers == 0 or need <= room, f"--workers {workers} need {need / 2 ** 20:.0f} MiB of shared memory and /dev/shm has "
+            f"{room / 2 ** 20:.0f}: give fewer, or --workers 0, or the container more (docker run --shm-size 4g).")
 
 
 def to_tensor(image):
@@ -284,9 +294,15 @@ def to_tensor(image):
 def normalise(image):
     """(..., 3, H, W) uint8 on any device -> float32, normalised as CLIP's training images were. A batch travels from the
     loader to the device as bytes, which are a quarter of the floats, and is normalised there."""
-    image = image.float()
-    mean, std = (255 * image.new_tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-    return (image - mean) / std
+    mean, std = _mean_and_std(image.device)
+    return (image.float() - mean) / std
+
+
+@functools.cache
+def _mean_and_std(device):
+    """Made once on each device: the host would wait for all of a GPU's work whenever it sends numbers of its own."""
+    import torch
+    return [255 * torch.tensor(v, device=device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD)]
 
 
 @functools.lru_cache(maxsize=512)

@@ -22,7 +22,6 @@ Not here: scores (evaluate.py), the bound (bound.py). `python figures.py` prints
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import checkpoint
 
@@ -46,7 +45,6 @@ from PIL import Image, ImageOps
 
 import data
 import ppar
-import reweight
 import toy
 from data import VOID, UserError, colours
 from evaluate import find_targets, make_scorer, predict
@@ -192,9 +190,8 @@ def _draw_embedding(run, targets, path):
 def _trust(run, image, label):
     """Eq. 5 and Eq. 6 with the ramp at 1 for one picture: omega, weight (H, W), nan on void."""
     out, padded, _ = ppar.look(run.ppar, image, label)
-    config = SimpleNamespace(**{**vars(run.config), "reweight": True})
-    omega = reweight.reliability(ppar.prediction(out, run.ppar.otp, config), padded)
-    weight = ppar.learning_weights(out, run.ppar.otp, padded, config, ramp=1.0)
+    omega = ppar.reliability(out, run.ppar.otp, padded, run.config)
+    weight = ppar.learning_weights(out, run.ppar.otp, padded, run.config, ramp=1.0)
     return [np.where(label != VOID, x[0, :label.shape[0], :label.shape[1]].cpu(), np.nan) for x in (omega, weight)]
 
 

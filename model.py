@@ -35,7 +35,7 @@ with warnings.catch_warnings(action="ignore"):  # clip-anytorch asks setuptools 
     import clip
     from clip.model import ModifiedResNet, VisionTransformer
 
-from data import UserError
+from data import UserError, require
 
 TOY_CLIP = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy_clip.pt")  # the small CLIP of the drawn world
 Dense = namedtuple("Dense", "logits emb")  # what the network says about a batch of images; shapes as above
@@ -50,8 +50,7 @@ def load_clip(name):
     """
     path = TOY_CLIP if name == "toy" else name
     on_hub = path in clip.available_models()
-    if not on_hub and not os.path.isfile(path):
-        raise UserError(f"--clip {path}: neither a file nor one of toy, {', '.join(clip.available_models())}.")
+    require(on_hub or os.path.isfile(path), f"--clip {path}: neither a file nor one of toy, {', '.join(clip.available_models())}.")
     try:
         with warnings.catch_warnings(action="ignore"):  # TorchScript announces its retirement at every load
             model = clip.load(path, device="cpu")[0] if on_hub else _from_file(path)
@@ -122,8 +121,7 @@ def dilate(resnet, stride):
     convolutions behind it look `dilation` cells away: every 2nd cell (stride 8: 4th) of the new map is one of the old.
     """
     # our reading: the abstract names no stride. Dilation is the way to a finer map that adds no weight to CLIP's.
-    if stride not in (8, 16, 32):
-        raise UserError(f"--stride {stride}: a CLIP ResNet can be read at stride 32, 16 or 8.")
+    require(stride in (8, 16, 32), f"--stride {stride}: a CLIP ResNet can be read at stride 32, 16 or 8.")
     dilation = 1
     for stage, native in ((resnet.layer3, 16), (resnet.layer4, 32)):
         for index, block in enumerate(stage):
@@ -144,7 +142,7 @@ def _resize_position(position, h, w):
 class DenseCLIP(nn.Module):
     """CLIP's image tower with the position kept: image -> (low, z).
 
-    low     (B, C, H/4, W/4) for a ResNet (first stage), (B, C, h, w) for a ViT (half of the blocks): edges, for the decoder
+    low     (B, C, H/4, W/4) edges, for the decoder: a ResNet's first stage, a ViT's patches at every quarter (14 pixels: half) of one
     z       (B, D, h, w)     dense embedding, not yet normalised (theory.md's z is its direction, `emb`)
 
     `visual` itself is changed: dilated, and made trainable. Who still needs CLIP as it was hands over a copy.
@@ -177,8 +175,7 @@ class DenseCLIP(nn.Module):
 
     def freeze(self, stages):
         """Freeze the first `stages` of 5: a ResNet's stem and stages, or a ViT's embedding and the quarters of its blocks."""
-        if not 0 <= stages <= 5:
-            raise UserError(f"--freeze {stages}: the image tower has 5 stages, give 0 to 5.")
+        require(0 <= stages <= 5, f"--freeze {stages}: the image tower has 5 stages, give 0 to 5.")
         v = self.visual
         if self.is_vit:
             stem, body = [v.conv1, v.ln_pre, v.class_embedding, v.positional_embedding], list(v.transformer.resblocks)
@@ -190,8 +187,8 @@ class DenseCLIP(nn.Module):
             part.requires_grad_(False)
 
     def forward(self, image):
-        if image.shape[2] % self.multiple or image.shape[3] % self.multiple:
-            raise UserError(f"{image.shape[2]} x {image.shape[3]} pixels: both must be multiples of {self.multiple} for this CLIP.")
+        require(not (image.shape[2] % self.multiple or image.shape[3] % self.multiple),
+                f"{image.shape[2]} x {image.shape[3]} pixels: both must be multiples of {self.multiple} for this CLIP.")
         return self._forward_vit(image) if self.is_vit else self._forward_resnet(image)
 
     def _forward_resnet(self, image):
@@ -218,11 +215,13 @@ class DenseCLIP(nn.Module):
         x = v.conv1(image).flatten(2).transpose(1, 2)  # (B, hw, C)
         x = torch.cat([v.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
         x = v.ln_pre(x + _resize_position(v.positional_embedding, h, w)).transpose(0, 1)  # (1 + hw, B, C), as CLIP has it
-        half = len(v.transformer.resblocks) // 2
-        x = v.transformer.resblocks[:half](x)
-        low = x[1:].permute(1, 2, 0).unflatten(2, (h, w))  # our reading: no finer map, so an earlier one
-        x = v.ln_post(v.transformer.resblocks[half:](x).transpose(0, 1)) @ v.proj  # (B, 1 + hw, D)
-        return low, x[:, 1:].transpose(1, 2).unflatten(2, (h, w))
+        x = v.ln_post(v.transformer.resblocks(x).transpose(0, 1)) @ v.proj  # (B, 1 + hw, D)
+        # our reading: no block of a ViT has a finer map, and its tokens know no edge within a patch. But its first layer,
+        # which is a convolution, can be read at more places, as a dilated ResNet is: no weight is added to CLIP's.
+        step = self.stride // (4 if self.stride % 4 == 0 else 2)
+        before = (self.stride - step) // 2  # so that a cell lies in the middle of its patch
+        around = F.pad(image, 2 * (before, self.stride - step - before), mode="replicate")
+        return F.conv2d(around, v.conv1.weight, stride=step), x[:, 1:].transpose(1, 2).unflatten(2, (h, w))
 
 
 class SegmentationNet(nn.Module):

@@ -8,7 +8,7 @@
 
 Shapes
     image, label   (B, 3, H, W), (B, H, W) int64, 255 = void     logits   (B, K, H/4, W/4)
-    emb            (B, D, h, w)  unit norm over D                otp, vtp (K, D), (B, K, D)  unit rows
+    emb, clip_emb  (B, D, h, w)  unit norm over D                otp, vtp (K, D), (B, K, D)  unit rows
     omega, weight  (B, H, W)                                     grid     (B, h, w): the label at the centre of each cell
 
 Not here: the loop (train.py), the score (evaluate.py). `python ppar.py` prints
@@ -32,11 +32,12 @@ from model import SegmentationNet, load_clip, pad
 
 
 class Output(NamedTuple):
-    """What PPAR says about a batch of images. vtp is None where no loss needs it."""
+    """What PPAR says about a batch of images. clip_emb, by CLIP as it came, and vtp, made of it, are None if no loss needs them."""
 
     logits: torch.Tensor
     emb: torch.Tensor
-    vtp: torch.Tensor | None
+    vtp: torch.Tensor | None = None
+    clip_emb: torch.Tensor | None = None
 
 
 class PPAR(torch.nn.Module):
@@ -49,14 +50,14 @@ class PPAR(torch.nn.Module):
 
     def forward(self, image):
         logits, emb = self.net(image)
-        return Output(logits, emb, None if self.clip is None else self.vtp(image))
+        return Output(logits, emb, *(() if self.clip is None else self.as_clip_came(image)))
 
     @torch.no_grad()
-    def vtp(self, image):
+    def as_clip_came(self, image):
         """Eq. 2. # our reading: CLIP looks at about half the size (each side to the nearest that it takes), for less work."""
         half = [self.clip.multiple * max(1, round(side / 2 / self.clip.multiple)) for side in image.shape[2:]]
-        image = F.interpolate(image, size=half, mode="bilinear", align_corners=False, antialias=True)
-        return prototypes.visual_text_prototypes(self.otp, self.clip(image)[1], self.tau)
+        emb = self.clip(F.interpolate(image, size=half, mode="bilinear", align_corners=False, antialias=True))[1]
+        return prototypes.visual_text_prototypes(self.otp, emb, self.tau), emb
 
 
 def build(config):
@@ -65,11 +66,9 @@ def build(config):
     torch.manual_seed(config.seed)  # fixes the decoder's initial weights
     net = SegmentationNet(clip_model.visual, len(CLASSES), config.stride)
     otp = prototypes.original_text_prototypes(clip_model, CLASSES)  # Eq. 1
-    if config.prototypes == "random":
-        otp = prototypes.random_prototypes(*otp.shape, seed=config.seed)
-    elif config.prototypes == "shuffled":
+    if config.prototypes == "shuffled":
         otp = prototypes.shuffled_prototypes(otp, seed=config.seed)
-    original = copy.deepcopy(net.encoder).requires_grad_(False) if config.align not in ("otp", "none") else None
+    original = copy.deepcopy(net.encoder).requires_grad_(False) if config.reweight or config.align not in ("otp", "none") else None
     net.encoder.freeze(config.freeze)
     return PPAR(net, otp, original, config.tau), report
 
@@ -84,13 +83,13 @@ def objective(out, otp, label, config, step, reduce=lambda x: x):
     def mean(weight, loss):  # over the whole batch; 0 where nothing is labelled
         return (weight * loss).sum() / reduce(weight.sum(dtype=torch.float64)).clamp_min(1e-8).float()
 
-    weight = learning_weights(out, otp, label, config, ramp)  # Eq. 5, 6: (B, H, W)
+    weight = balanced = learning_weights(out, otp, label, config, ramp) if config.reweight and ramp else (label != VOID).float()  # Eq. 6
     if config.balance > 0:  # not of the paper: n_c^-balance, n_c the weight of the class in the batch, summed by columns first
         count = weight.new_zeros(VOID + 1, label.shape[2]).double().scatter_add_(0, label.flatten(0, 1), weight.flatten(0, 1).double())
-        weight = weight * reduce(count.sum(dim=1)).clamp_min(1).float().pow(-config.balance)[label]
+        balanced = weight * reduce(count.sum(dim=1)).clamp_min(1).float().pow(-config.balance)[label]
 
     logits = F.interpolate(out.logits.float(), size=label.shape[1:], mode="bilinear", align_corners=False)  # L_seg: (B, K, H, W)
-    terms = {"seg": mean(weight, F.cross_entropy(logits, label, ignore_index=VOID, reduction="none"))}
+    terms = {"seg": mean(balanced, F.cross_entropy(logits, label, ignore_index=VOID, reduction="none"))}
 
     lam = align.SCHEDULES[config.align](ramp)
     if lam is not None:  # Eq. 3, 4: pixels to the goal
@@ -100,11 +99,16 @@ def objective(out, otp, label, config, step, reduce=lambda x: x):
     return terms, dict(lam=lam, ramp=ramp)
 
 
+def reliability(out, otp, label, config):
+    """Eq. 5, omega (B, H, W). # our reading: the judges are the decoder and CLIP as it came (without a copy of it, the trained
+    tower): an embedding that is pulled to its label's prototype, right or wrong, is no witness for that label."""
+    emb = out.emb if out.clip_emb is None else out.clip_emb
+    return reweight.reliability(prediction(out._replace(emb=emb), otp, config), label)
+
+
 def learning_weights(out, otp, label, config, ramp):
     """Eq. 5 and 6: the weight of each pixel of label (B, H, W), at any resolution, 0 on void, no gradient."""
-    if not config.reweight or ramp == 0:
-        return (label != VOID).float()
-    omega = reweight.reliability(prediction(out, otp, config), label)
+    omega = reliability(out, otp, label, config)
     cell = label.shape[1] // out.emb.shape[2]  # our reading: a place is what lies within a cell of the pixel
     return reweight.learning_weights(omega, reweight.place_reliability(omega, label, 2 * cell + 1), label, ramp)
 
@@ -122,13 +126,6 @@ def prediction(out, otp, config):
         text = F.interpolate(text, size=logits.shape[2:], mode="bilinear", align_corners=False)
         logits = (1 - config.text_weight) * logits + config.text_weight * text
     return logits
-
-
-def distance(emb, label, prototypes):
-    """|z - p_y|, from each pixel to the prototype of its class, (B, h, w), 0 on void; prototypes (K, D) or (B, K, D)."""
-    image = torch.arange(len(emb), device=emb.device)[:, None, None]
-    own = prototypes.expand(len(emb), -1, -1)[image, label.where(label != VOID, 0)]  # (B, h, w, D)
-    return (emb.permute(0, 2, 3, 1) - own).norm(dim=-1) * (label != VOID)
 
 
 @torch.no_grad()

@@ -24,8 +24,6 @@ Not here: what pixels do with them (align.py). Needs torch, and clip for Eq. 1 a
 import torch
 import torch.nn.functional as F
 
-VOID = 255  # the train id of pixels without a class: in no loss and in no mean
-
 # our reading: the abstract names no prompts. A handful of frames in which a street class may be met; the mean over
 # them belongs to the class, what differs between them (style, light, medium) cancels.
 TEMPLATES = (
@@ -58,32 +56,10 @@ def original_text_prototypes(clip_model, class_names, templates=TEMPLATES):
     return F.normalize(torch.stack(rows), dim=1)
 
 
-def random_prototypes(num_classes, dim, seed=0):
-    """A control: K random directions (K, D), unit rows. They tell what fixed goals are worth without language."""
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(num_classes, dim, generator=generator), dim=1)
-
-
 def shuffled_prototypes(otp, seed=0):
     """A control: the same K points (K, D), each under another class's name: language's geometry without its sense."""
     order = torch.randperm(len(otp), generator=torch.Generator().manual_seed(seed))
     return otp[order.roll(1)][order.argsort()]  # one cycle through all classes: no class keeps its own row
-
-
-@torch.no_grad()
-def source_mean_prototypes(batches, fallback):
-    """A control, which the abstract argues against: the mean embedding of each class's source pixels, (K, D), unit rows.
-
-    batches   yields (emb (B, D, h, w), label (B, h, w) with 255 void) of source images
-    fallback  (K, D), the row of a class that has no pixel in any batch; the answer is on its device
-    """
-    num_classes, dim = fallback.shape
-    total = torch.zeros(num_classes, dim, dtype=torch.float64)
-    for emb, label in batches:
-        valid = label != VOID
-        total.index_add_(0, label[valid].cpu(), emb.permute(0, 2, 3, 1)[valid].double().cpu())
-    found = total.norm(dim=1, keepdim=True) > 0
-    return torch.where(found, F.normalize(total, dim=1).float(), fallback.cpu()).to(fallback.device)
 
 
 @torch.no_grad()
@@ -109,7 +85,7 @@ def visual_text_prototypes(otp, emb, tau, beta=0.7, kappa=0.02):
 
 def _demo():
     torch.manual_seed(0)
-    otp = random_prototypes(4, 16)
+    otp = F.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     shift = F.normalize(torch.randn(16), dim=0)
     label = torch.randint(0, 3, (2, 8, 8))  # class 3 is in no image
     emb = F.normalize(otp[label] + shift + 0.3 * torch.randn(2, 8, 8, 16), dim=-1)

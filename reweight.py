@@ -1,7 +1,7 @@
-"""reweight.py: a source label loses its weight where the network doubts it, and most of the labels around it.
+"""reweight.py: a source label loses its weight where it is doubted, and with it most of the labels around it.
 
 Not every source pixel teaches something that holds elsewhere. Some are labelled wrongly, some show what occurs in the source alone,
-and fitting them hard is negative transfer. A second opinion tells who they are: the network's own prediction.
+and fitting them hard is negative transfer. A second opinion tells who they are: the decoder's, and that of CLIP as it came.
 
 A label that is doubted is not yet a wrong one. Thin poles, borders and rare classes are doubted, too, and from them the labels teach
 most. But they are doubted pixel by pixel, amid surroundings that are believed, where wrong labels come in regions: whole polygons,

@@ -53,9 +53,9 @@ class Config:
     # the method
     method: str = option("ppar", "ppar, or erm: L_seg with w = 1 alone, the baseline", choices=("ppar", "erm"))
     clip: str = option(None, "CLIP by name (RN50, RN101, ViT-B/16, ...), path of a checkpoint, or toy")
-    prototypes: str = option("text", "OTP (Eq. 1), or a control", choices=("text", "source", "random", "shuffled"))
+    prototypes: str = option("text", "OTP (Eq. 1), or a control", choices=("text", "shuffled"))
     align: str = option("progressive", "lambda's schedule (Eq. 4); none: no L_align",
-                        choices=("progressive", "reversed", "otp", "vtp", "both", "none"))
+                        choices=("progressive", "reversed", "otp", "vtp", "none"))
     w_align: float = option(1.0, "weight of L_align in Eq. 7", POSITIVE)
     tau: float = option(0.07, "temperature of Eq. 2, 3 and of the text score", POSITIVE)
     ramp: tuple[float, ...] = option((0.05, 0.3), "fractions of the run between which the ramp of Eq. 4 and 6 rises from 0 to 1", RAMP)
@@ -125,15 +125,14 @@ def configure(given):
     toy = all(name.startswith("toy-") for name in given.get("source", Config.source))
     off = ERM if given.get("method") == "erm" else {}
     for name, value in off.items():
-        if given.get(name, value) != value:
-            raise UserError(f"--method erm switches every idea off, so {typed(name, given[name])} cannot be; "
-                            f"leave one of the two away.")
-    config = Config(**{**PRESETS["toy" if toy else "real"], **off, **given})
+        require(given.get(name, value) == value,
+                f"--method erm switches every idea off, so {typed(name, given.get(name))} cannot be; leave one of the two away.")
+    preset = PRESETS["toy" if toy else "real"] | (dict(crop=504) if str(given.get("clip")).startswith("ViT-L/14") else {})  # 36 patches
+    config = Config(**{**preset, **off, **given})
     config.out = config.out or os.path.join("runs", f"{config.method}-{'-'.join(config.source)}-seed{config.seed}")
     for f in dataclasses.fields(Config):
         rule, value = f.metadata["rule"], getattr(config, f.name)
-        if rule and not rule[1](value):
-            raise UserError(f"{typed(f.name, value)} must be {rule[0]}.")
+        require(not rule or rule[1](value), f"{typed(f.name, value)} must be {rule and rule[0]}.")
     return config
 
 
@@ -150,8 +149,7 @@ import data  # noqa: E402
 import evaluate  # noqa: E402
 import figures  # noqa: E402
 import ppar  # noqa: E402
-import prototypes  # noqa: E402
-from data import UserError  # noqa: E402
+from data import UserError, require  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------- set-up
 
@@ -161,6 +159,7 @@ def setup_processes(config):
     device = checkpoint.choose_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinned memory and all else that goes by the current device
+        torch.backends.cudnn.benchmark = True  # all steps have one size, so that it pays to try; make_scorer ends it
     else:
         torch.use_deterministic_algorithms(True)  # same seed, same bits; a GPU is asked for speed instead
         torch.utils.deterministic.fill_uninitialized_memory = False  # nobody reads it, and filling it takes time
@@ -184,24 +183,22 @@ def open_data(config, state):
         data.list_items(name, config.data_root, "val", config.holdout)
     for items in sources if state is None else []:  # what is wrong with the files is found before step 0
         data.check_pairs(items, mapillary=config.mapillary)
+    data.check_shared_memory(config.workers, config.batch * 4 * config.crop ** 2)
     return data.TrainingStream(sources, config.crop, config.seed, config.mapillary)
 
 
-def open_network(config, stream, state, rank, device, layout):
+def open_network(config, state, rank, device, layout):
     """PPAR at step 0, or as the checkpoint `state` holds it; the first process says what was loaded of CLIP."""
     turn = 0 if rank == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2  # a CLIP by name is fetched once on each machine
     for now in range(3):
         if now == turn:
             module, report = ppar.build(config)
         sum_over_processes(torch.zeros(1, device=device))  # waits for the others
-    if config.crop % module.net.encoder.multiple:
-        raise UserError(f"--crop {config.crop} must be a multiple of {module.net.encoder.multiple} for --clip {config.clip}.")
+    multiple = module.net.encoder.multiple
+    require(config.crop % multiple == 0, f"--crop {config.crop} must be a multiple of {multiple} for --clip {config.clip}.")
     module.to(device, memory_format=layout)
     if state:
         checkpoint.load_weights(module, state, config.out)
-    elif config.prototypes == "source":
-        looks = (ppar.look(module, data.normalise(x), y) for x, y in map(stream.__getitem__, range(32 * config.batch)))
-        module.otp.copy_(prototypes.source_mean_prototypes(((out.emb, grid) for out, _, grid in looks), module.otp))
     if rank == 0:
         print(report)
     return module.train()
@@ -240,7 +237,7 @@ def backward(network, image, label, config, step, autocast):
 
     with autocast(), torch.set_grad_enabled(len(images) == 1):
         outputs = [network(part) for part in images]
-    whole = ppar.Output(*(None if x[0] is None else torch.cat(x).detach() for x in zip(*outputs)))
+    whole = ppar.Output(*(None if x[0] is None else torch.cat(x).detach().contiguous() for x in zip(*outputs)))  # or losses copy it
     leaves = [x.requires_grad_() for x in (whole.logits, whole.emb)]
     terms, at = ppar.objective(whole, module.otp, label, config, step, sum_over_processes)
     sum(terms.values()).backward()
@@ -258,12 +255,12 @@ def backward(network, image, label, config, step, autocast):
 def check_first_step(module, optimizer):
     """Guards that cost nothing: what should learn got a finite gradient, what is frozen got none, nothing is left out."""
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    if sorted(held) != sorted(id(p) for p in module.parameters() if p.requires_grad):
-        raise UserError("the optimiser does not hold exactly the trainable parameters, once each: a defect of make_optimizer.")
+    require(sorted(held) == sorted(id(p) for p in module.parameters() if p.requires_grad),
+            "the optimiser does not hold exactly the trainable parameters, once each: a defect of make_optimizer.")
     for name, p in module.named_parameters():
         got = "no" if p.grad is None else "a" if torch.isfinite(p.grad).all() else "a non-finite"
-        if got != ("a" if p.requires_grad else "no"):
-            raise UserError(f"{'' if p.requires_grad else 'frozen '}parameter {name} got {got} gradient at the first step.")
+        require(got == ("a" if p.requires_grad else "no"),
+                f"{'' if p.requires_grad else 'frozen '}parameter {name} got {got} gradient at the first step.")
 
 
 @torch.no_grad()
@@ -273,14 +270,14 @@ def describe(terms, at, out, otp, label, config, done):
     values = sum_over_processes(torch.stack(list(terms.values()))).tolist()
     row = dict(step=done, loss=sum(values), **dict(zip(terms, values)), **at)
     for name, value in reversed(row.items()):
-        if value is not None and not math.isfinite(value):
-            raise UserError(f"the loss term `{name}` is {value} at step {done}: the last good checkpoint, if one was "
-                            f"written, stays in {config.out}; start anew with a lower --lr, or look at the data (python data.py --check).")
+        require(value is None or math.isfinite(value),
+                f"the loss term `{name}` is {value} at step {done}: the last good checkpoint, if one was written, stays in "
+                f"{config.out}; start anew with a lower --lr, or look at the data (python data.py --check).")
     grid = align.labels_on_grid(label, out.emb)
     count = (grid != data.VOID).sum().clamp_min(1)
     for name, goal in dict(otp=otp, vtp=out.vtp).items():
         if goal is not None:
-            row["radius_" + name] = (ppar.distance(out.emb, grid, goal).sum() / count).item()
+            row["radius_" + name] = (align.distance(out.emb, grid, goal).sum() / count).item()
             row["loss_" + name] = (align.alignment_map(out.emb, grid, goal, config.tau).sum() / count).item()
     return row
 
@@ -290,12 +287,11 @@ def describe(terms, at, out, otp, label, config, done):
 
 def train(config, state, rank, processes, device):
     """Train from the checkpoint `state` (None: from step 0) to the last step -> PPAR. Writes last.pt and log.jsonl."""
-    if config.batch % processes:
-        raise UserError(f"--batch {config.batch} cannot be split over {processes} processes: give a multiple.")
+    require(config.batch % processes == 0, f"--batch {config.batch} cannot be split over {processes} processes: give a multiple.")
     start = state["step"] if state else 0
     stream = open_data(config, state)
     _, autocast, layout = checkpoint.precision(config.amp, device)
-    module = open_network(config, stream, state, rank, device, layout)
+    module = open_network(config, state, rank, device, layout)
     if rank == 0:
         checkpoint.open_folder(config, start if state else None)
         print(f"source {' + '.join(f'{n} ({len(i)} images)' for n, i in zip(config.source, stream.sources))}, method "
@@ -353,10 +349,10 @@ def continue_run(given):
     try:
         own = dict(state["config"])
         for name, value in given.items():
-            if name not in MAY_CHANGE_ON_RESUME and value != own.get(name):
-                raise UserError(f"{typed(name, value)} differs from the run's own {typed(name, own.get(name))}: a resumed run keeps its "
-                                f"flags, only {', '.join('--' + n.replace('_', '-') for n in sorted(MAY_CHANGE_ON_RESUME))} "
-                                f"may change; start a new run with --out.")
+            require(name in MAY_CHANGE_ON_RESUME or value == own.get(name),
+                    f"{typed(name, value)} differs from the run's own {typed(name, own.get(name))}: a resumed run keeps its "
+                    f"flags, only {', '.join('--' + n.replace('_', '-') for n in sorted(MAY_CHANGE_ON_RESUME))} may change; "
+                    f"start a new run with --out.")
         config = configure({**own, **given, "out": folder})
         if not 0 <= state["step"] <= config.steps:
             raise TypeError

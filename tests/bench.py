@@ -1,21 +1,17 @@
-"""bench.py: the speed and memory that results/README.md states, printed by one command.
+"""bench.py: what all timings share, and the speed and memory on a CPU that results/README.md states. On a GPU: tests/gpu.py.
 
-    python tests/bench.py                    all of it, about ten minutes on two cores
-    python tests/bench.py step item          some of it: help item step loader memory linear
+    python tests/bench.py                    about ten minutes on two cores
 
 Times are medians of interleaved repetitions (A B A B ...), so that a machine that slows down slows both; what is worth
-quoting is the ratio. Nothing here is a test: a busy machine must not fail a build. Weights are random, of CLIP RN50's shape:
-speed does not depend on their values.
+quoting is the ratio. Nothing here is a test: a busy machine must not fail a build. Weights are random, of the shapes of
+OpenAI's CLIPs: speed does not depend on their values.
 """
 
-import argparse
-import contextlib
 import copy
 import io
 import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,45 +26,72 @@ from PIL import Image
 
 import checkpoint
 import data
-import evaluate
 import model
 import ppar
-import prototypes
 import train
+import workbench
 
-PARTS = ("help", "item", "step", "loader", "memory", "linear")
+CPU = torch.device("cpu")
+TOWERS = {
+    "RN50": lambda: model.ModifiedResNet((3, 4, 6, 3), 1024, 32, 224, 64),
+    "RN101": lambda: model.ModifiedResNet((3, 4, 23, 3), 512, 32, 224, 64),
+    "ViT-B/16": lambda: model.VisionTransformer(224, 16, 768, 12, 12, 512),
+    "ViT-L/14": lambda: model.VisionTransformer(224, 14, 1024, 24, 16, 768),
+    "small ResNet": lambda: model.ModifiedResNet((1, 1, 1, 1), 64, 8, 64, 16),
+    "small ViT": lambda: model.VisionTransformer(64, 16, 64, 2, 1, 64),
+}
 
 
-def interleaved(functions, repeats):
+def timed(function, device=CPU):
+    """Seconds of a call; on a GPU by its own clock, which runs from the first kernel to the end of the last."""
+    if device.type == "cpu":
+        began = time.perf_counter()
+        function()
+        return time.perf_counter() - began
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    function()
+    ended.record()
+    torch.cuda.synchronize(device)
+    return began.elapsed_time(ended) / 1000
+
+
+def interleaved(functions, repeats, device=CPU):
     """{name: function} -> {name: median seconds}; one unmeasured round first."""
-    times = {name: [] for name in functions}
-    for round_ in range(repeats + 1):
-        for name, function in functions.items():
-            began = time.perf_counter()
-            function()
-            if round_:
-                times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in times.items()}
+    rounds = [{name: timed(function, device) for name, function in functions.items()} for _ in range(repeats + 1)]
+    return {name: statistics.median(one[name] for one in rounds[1:]) for name in functions}
 
 
-def rn50(method, amp="fp32", crop=512, batch=2):
-    """(PPAR on random RN50 weights, Config, one training step as a function, past the ramp: all terms on)."""
-    config = train.configure(dict(source=("gta5",), method=method, amp=amp, crop=crop, batch=batch, steps=100))
+def allocated(device, key="VmRSS"):
+    """GiB in use now, of a GPU or of this process (Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2 ** 30
+    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2 ** 20
+
+
+def peak(function, device):
+    """GiB in use at most during a call."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    function()
+    return allocated(device, "VmHWM")
+
+
+def network(name, method, device=CPU, **flags):
+    """(PPAR on random weights of this CLIP's shape, Config, one training step as a function, past the ramp: all terms on)."""
+    config = train.configure(dict(source=("gta5",), method=method, clip=name, steps=100, **flags))
     torch.manual_seed(0)
-    net = model.SegmentationNet(model.ModifiedResNet((3, 4, 6, 3), 1024, 32, 224, 64))
+    net = model.SegmentationNet(TOWERS[name](), stride=config.stride)
     original = None if method == "erm" else copy.deepcopy(net.encoder).requires_grad_(False)  # which Eq. 2 asks
     net.encoder.freeze(config.freeze)
-    module = ppar.PPAR(net, prototypes.random_prototypes(19, 1024), original).train()
-    _, autocast, layout = checkpoint.precision(config.amp, torch.device("cpu"))
-    image = torch.randn(batch, 3, crop, crop)
-    label = torch.randint(0, len(data.CLASSES), (batch, crop // 32, crop // 32)).repeat_interleave(32, 1).repeat_interleave(32, 2)
-    module, image = module.to(memory_format=layout), image.contiguous(memory_format=layout)
-    return module, config, a_step(module, config, image, label, autocast)
-
-
-def a_step(module, config, image, label, autocast):
-    """One training step as a function, without its data and its schedule."""
-    optimizer = train.make_optimizer(module, config)
+    module = ppar.PPAR(net, workbench.unit_rows(19, net.encoder.dim), original, config.tau).train()
+    _, autocast, layout = checkpoint.precision(config.amp, device)
+    module.to(device, memory_format=layout)
+    image, label = random_batch(config, device)
+    image, optimizer = image.contiguous(memory_format=layout), train.make_optimizer(module, config)
     for group in optimizer.param_groups:
         group["lr"] = 1e-6
 
@@ -76,19 +99,20 @@ def a_step(module, config, image, label, autocast):
         optimizer.zero_grad(set_to_none=True)
         terms, _, _ = train.backward(module, image, label, config, 50, autocast)
         optimizer.step()
-        return sum(terms.values()).item()
+        return sum(terms.values())  # still on the device: nobody waits for it
 
-    return step
-
-
-def bench_help():
-    times = interleaved({name: lambda name=name: subprocess.run([sys.executable, str(ROOT / name), "--help"], check=True,
-                                                                capture_output=True) for name in ("train.py", "evaluate.py")}, 5)
-    for name, seconds in times.items():
-        print(f"{name} --help: {seconds:.2f} s")
+    return module, config, step
 
 
-def gta5_sized(folder, pairs=2):
+def random_batch(config, device=CPU):
+    """Images of noise, and labels in blocks, as in a street there are more surfaces than borders."""
+    image = torch.randn(config.batch, 3, config.crop, config.crop)
+    cells = -(-config.crop // 32)
+    label = torch.randint(0, len(data.CLASSES), (config.batch, cells, cells)).repeat_interleave(32, 1).repeat_interleave(32, 2)
+    return image.to(device), label[:, :config.crop, :config.crop].to(device)
+
+
+def gta5_sized(folder, pairs=4):
     """GTA5-sized pairs in GTA5's layout: smooth shapes with noise, so that the PNG compresses as a rendered frame does."""
     rng = np.random.default_rng(0)
     for sub in ("images", "labels"):
@@ -101,117 +125,27 @@ def gta5_sized(folder, pairs=2):
         label.putpalette(bytes(range(256)) * 3)
         Image.fromarray(image).save(Path(folder) / "gta5" / "images" / f"{i + 1:05d}.png")
         label.save(Path(folder) / "gta5" / "labels" / f"{i + 1:05d}.png")
+    return data.list_items("gta5", folder, "train")
 
 
 def bench_item():
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        gta5_sized(folder, 1)
-        items = data.list_items("gta5", folder, "train")
+        items = gta5_sized(folder, 1)
         stream = data.TrainingStream([items], 512, seed=0)
         content = Path(items[0].image).read_bytes()
         count = iter(range(10 ** 6))
         times = interleaved({"item": lambda: stream[next(count)], "decode": lambda: Image.open(io.BytesIO(content)).load()}, 30)
-    torch.set_num_threads(os.cpu_count())
     print(f"training item of a 1914 x 1052 PNG: {1000 * times['item']:.0f} ms, {times['item'] / times['decode']:.2f} times "
           f"decoding its image alone")
 
 
-def bench_step(repeats=5):
-    steps = {name: rn50(*flags)[2] for name, flags in
-             {"erm": ("erm",), "full": ("ppar",), "erm bf16": ("erm", "bf16"), "full bf16": ("ppar", "bf16")}.items()}
-    losses = {name: step() for name, step in steps.items()}
-    times = interleaved(steps, repeats)
-    print(f"training step, RN50, crop 512, batch 2, {torch.get_num_threads()} threads: "
-          + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items()))
-    print(f"full method / baseline: {times['full'] / times['erm']:.2f} in fp32, "
-          f"{times['full bf16'] / times['erm bf16']:.2f} in bf16")
-    print(f"bf16 with channels_last / fp32: baseline {times['erm bf16'] / times['erm']:.2f}, full "
-          f"{times['full bf16'] / times['full']:.2f}; first loss differs by "
-          f"{abs(losses['full bf16'] / losses['full'] - 1):.1e} of it")
-
-
-def bench_loader():
-    """The real loader feeding a step: how long the step stands still for want of a batch."""
-    _, config, step = rn50("erm", "bf16")  # the fastest step, and the slowest items
-    with tempfile.TemporaryDirectory() as folder:
-        gta5_sized(folder, 4)
-        wait_for_data(f"RN50, crop {config.crop}, batch {config.batch}, bf16", data.list_items("gta5", folder, "train"), config, step, 12)
-    config = train.configure(dict(method="erm"))  # `python train.py`'s baseline, the faster of the two
-    image, label = torch.randn(8, 3, config.crop, config.crop), torch.randint(0, 18, (8, config.crop, config.crop))
-    step = a_step(ppar.build(config)[0].train(), config, image, label, contextlib.nullcontext)
-    # 45 steps: within the first epoch, when every scene has still to be drawn
-    wait_for_data(f"drawn world, batch {config.batch}", data.list_items("toy-gta5", None, "train"), config, step, 45)
-
-
-def wait_for_data(name, items, config, step, steps):
-    """Print how long `steps` steps wait for the batches of these items, and how long they take with that."""
-    workers, stream = os.cpu_count(), data.TrainingStream([items], config.crop, seed=0)
-    loader = torch.utils.data.DataLoader(stream, batch_size=config.batch, sampler=range(config.batch * (steps + 1)),
-                                         num_workers=workers, worker_init_fn=checkpoint.outlive_signals)
-    batches, waits = iter(loader), []
-    next(batches)  # the first one waits for the processes to start
-    began = time.perf_counter()
-    for _ in range(steps):
-        step()
-        asked = time.perf_counter()
-        next(batches)
-        waits.append(time.perf_counter() - asked)
-    total = time.perf_counter() - began
-    print(f"loader with {workers} processes, {name}: of {total / steps:.2f} s a step, "
-          f"{1000 * statistics.median(waits):.1f} ms wait for data (most {1000 * max(waits):.0f} ms)")
-
-
-def bench_memory():
-    for what in ("erm", "ppar", "evaluate-erm", "evaluate-ppar"):
-        done = subprocess.run([sys.executable, __file__, "--peak", what], check=True, capture_output=True, text=True)
-        print(f"peak memory, {what}: {done.stdout.strip()}")
-
-
-def peak(what):
-    """In a process of its own: peak resident memory above what the imports and the weights take."""
-    module, config, step = rn50(what.split("-")[-1])
-    score = evaluate.make_scorer(module, config)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, and what a parent process handed down
-    before = resident("VmRSS")
-    for _ in range(2):
-        if what.startswith("evaluate"):
-            evaluate.predict(score, torch.randn(3, 1024, 2048), (1024, 2048))
-        else:
-            step()
-    print(f"{resident('VmHWM') - before:.0f} MiB above weights and imports")
-
-
-def resident(key):
-    """MiB of this process's memory: VmRSS now, VmHWM at its peak (Linux)."""
-    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
-
-
-def bench_linear():
-    """Seconds of the same command at three lengths, and at three numbers of scenes to score: linear if the slopes agree."""
-    for key, values in (("steps", (10, 40, 100)), ("images", (10, 70, 190))):
-        seconds = []
-        for value in values:
-            with tempfile.TemporaryDirectory() as folder:
-                code = f"import data, train; data.TOY_SCENES['val'] = {value if key == 'images' else 1}; train.main(train.parse(" \
-                       f"['--targets', 'toy-fog', '--steps', '{value if key == 'steps' else 1}', '--out', '{folder}/run']))"
-                began = time.perf_counter()
-                subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
-                seconds.append(time.perf_counter() - began)
-        each = [(seconds[k + 1] - seconds[k]) / (values[k + 1] - values[k]) for k in (0, 1)]
-        print(f"{key}: {', '.join(f'{v} in {s:.1f} s' for v, s in zip(values, seconds))}; each more "
-              f"{each[0]:.3f} s, then {each[1]:.3f} s")
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)}; default: all")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if unknown := set(given.parts) - set(PARTS):
-        parser.error(f"no such part: {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
-    if given.peak:
-        peak(given.peak)
-    else:
-        for part in given.parts or PARTS:
-            globals()[f"bench_{part}"]()
+    import gpu  # whose tables these are, at sizes for a CPU
+
+    bench_item()
+    sizes = dict(towers=("RN50",), few=("RN50",), repeats=5, together=1, workers=(1, 2), pictures=((1024, 2048),), window=512)
+    for amp in ("fp32", "bf16"):
+        sizes["flags"] = dict(crop=512, batch=2, amp=amp)
+        gpu.show(f"{gpu.step_table.__doc__} Here {amp}, batch 2.", gpu.step_table(CPU, sizes))
+    for table in (gpu.part_table, gpu.loader_table, gpu.evaluation_table):
+        gpu.show(table.__doc__, table(CPU, sizes))

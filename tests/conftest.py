@@ -18,9 +18,8 @@ import torch
 from make_clip import make_clip, write_archive, write_state_dict
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent / folder) for folder in ("", "results")]
 
-import prototypes  # noqa: E402
 
 VOID = 255
 PAINT = np.array([(i // 9 * 127, i // 3 % 3 * 127, i % 3 * 127) for i in range(27)], np.uint8)  # row 19: void
@@ -162,7 +161,9 @@ def net():
 
 @pytest.fixture(scope="session")
 def otp():
-    return prototypes.random_prototypes(19, 24)
+    from workbench import unit_rows
+
+    return unit_rows(19, 24)
 
 
 @pytest.fixture

@@ -11,8 +11,7 @@ import warnings
 import torch
 from torch import nn
 
-with warnings.catch_warnings():  # clip-anytorch imports pkg_resources, which complains
-    warnings.simplefilter("ignore")
+with warnings.catch_warnings(action="ignore"):  # clip-anytorch imports pkg_resources, which complains
     from clip.model import CLIP, convert_weights
 
 VOCABULARY = 49408  # what CLIP's tokenizer needs; a test that encodes no text may take less
@@ -59,8 +58,7 @@ def write_archive(model, path):
         model.register_buffer(name, torch.tensor(size))
     example = dict(encode_image=torch.zeros(1, 3, resolution, resolution),
                    encode_text=torch.zeros(1, sizes["context_length"], dtype=torch.long))
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # TorchScript announces its retirement
+    with warnings.catch_warnings(action="ignore"), torch.no_grad():  # TorchScript announces its retirement
         torch.jit.trace_module(model, example, check_trace=False).save(str(path))
     return str(path)
 

@@ -136,22 +136,35 @@ def test_every_pixel_gets_the_mean_of_the_probabilities_of_the_windows_that_see_
         assert clear.mean() > 0.99 and (pred == want.argmax(0))[clear].all()
 
 
-def test_the_scale_acts_on_the_input_and_the_scores_return_to_the_labels_size():
-    image, sizes = picture(40, 60), []
+@pytest.mark.parametrize("rows, scale, size", [(40, 0.5, (20, 30)), (40, 2, (80, 120)), (3, 0.1, (1, 6))])
+def test_the_scale_acts_on_the_input_and_the_scores_return_to_the_labels_size(rows, scale, size):
+    image, sizes = picture(rows, 60), []
 
     def by_pixel(window):
         sizes.append(tuple(window.shape[2:]))
         return window.log_softmax(1)
 
-    pred = predict(by_pixel, image, (80, 90), scale=0.5)
-    assert sizes == [(20, 30)] and pred.shape == (80, 90)
-    small = F.interpolate(image[None], size=(20, 30), mode="bilinear", antialias=True)
-    prob = F.interpolate(small.softmax(1), size=(80, 90), mode="bilinear")[0]
+    pred = predict(by_pixel, image, (80, 90), scale=scale)
+    assert sizes == [size] and pred.shape == (80, 90)
+    other = F.interpolate(image[None], size=size, mode="bilinear", antialias=True)
+    prob = F.interpolate(other.softmax(1), size=(80, 90), mode="bilinear")[0]
     assert (pred == prob.argmax(0).numpy()).mean() > 0.999  # the probabilities are resized, not the classes
 
 
-@pytest.mark.parametrize("flags", [dict(scale=0.0), dict(scale=-1.0), dict(slide=-1), dict(slide=32, slide_stride=33),
-                                   dict(slide_stride=5)])
+@pytest.mark.parametrize("flags, seen", [(dict(size=(32, 48)), (32, 48)), (dict(height=64), (64, 96)), (dict(scale=1.0), (40, 60))])
+def test_the_input_may_be_brought_to_a_size_or_height_and_windows_are_cut_from_that(flags, seen):
+    sizes = []
+    for slide in (0, 24):
+        def by_pixel(window):
+            sizes.append(tuple(window.shape[2:]))
+            return window.log_softmax(1)
+
+        assert predict(by_pixel, picture(40, 60), (80, 90), slide=slide, **flags).shape == (80, 90)
+    assert sizes[0] == seen and set(sizes[1:]) == {(24, 24)}
+
+
+@pytest.mark.parametrize("flags", [dict(scale=0.0), dict(scale=-1.0), dict(slide=-1), dict(slide=32, slide_stride=33), dict(slide_stride=5),
+                                   dict(size=(0, 9)), dict(height=-1), dict(size=(9, 9), height=9), dict(scale=0.5, height=9)])
 def test_settings_that_would_leave_pixels_unseen_are_refused(flags):
     with pytest.raises(UserError, match="--scale"):
         predict(by_window, picture(), (50, 70), **flags)
@@ -200,9 +213,9 @@ def test_a_broken_target_file_ends_the_evaluation_by_its_name(run, net, otp, par
     assert caught.value.code.startswith("error: ") and str(broken) in caught.value.code and "Traceback" not in caught.value.code
 
 
-def written(folder, confs=None, step=400, protocol=evaluate.PROTOCOL, mapillary="A"):
+def written(folder, confs=None, step=400, protocol=evaluate.PROTOCOL, mapillary="A", source=("gta5",)):
     """write_results in this folder for a run that was trained on gta5."""
-    config = SimpleNamespace(source=("gta5",), method="ppar", mapillary=mapillary, steps=400, amp="bf16")
+    config = SimpleNamespace(source=source, method="ppar", mapillary=mapillary, steps=400, amp="bf16")
     images = dict(bdd=3, cityscapes=4, gta5=5, acdc=6)
     run = checkpoint.Run(SimpleNamespace(otp=torch.zeros(1)), config, step, folder)
     return evaluate.write_results(run, confs or three_tables(), images, protocol)
@@ -252,6 +265,26 @@ def test_an_unfinished_run_is_called_one_and_a_target_without_pixels_is_in_no_me
     assert results["evaluation_size"] == "label's full size; input scale 1.0, whole image"
 
 
+def test_every_row_says_the_size_that_the_input_was_brought_to(tmp_path):
+    for protocol, words in ((dict(size=(1024, 2048), slide=512), "1024 x 2048, slide 512/341"), (dict(height=9), "height 9, whole image")):
+        results = written(tmp_path, protocol={**evaluate.PROTOCOL, **protocol})
+        rows = [results, *results["targets"].values(), *csv.DictReader((tmp_path / "results.csv").read_text().splitlines())]
+        assert {row["evaluation_size"] for row in rows} == {f"label's full size; input {words}"}
+
+
+def test_a_run_that_was_trained_on_synthia_has_the_means_over_16_and_13_classes_too(tmp_path, capsys):
+    conf = torch.diag(torch.ones(19, dtype=torch.int64))
+    conf[3, 4], conf[14, 13], conf[9, 8] = 1, 3, 1  # wall, fence; truck, car; terrain, vegetation
+    results = written(tmp_path, dict(bdd=conf), source=("synthia",))
+    missed = dict(wall=1 / 2, fence=1 / 2, truck=1 / 4, car=1 / 4, terrain=1 / 2, vegetation=1 / 2)
+    means = [100 * (n - sum(1 - missed[c] for c in kept)) / n for n, kept in (
+        (19, missed), (16, ("wall", "fence", "car", "vegetation")), (13, ("car", "vegetation")))]
+    assert [results["targets"]["bdd"][key] for key in ("miou", "miou_16", "miou_13")] == pytest.approx(means)
+    rows = printed(capsys, results)[1]
+    assert [rows[key] for key in ("mean", "mean of 16", "mean of 13")] == [[f"{mean:.1f}"] * 2 for mean in means]
+    assert "miou_16" in (tmp_path / "results.csv").read_text() and "miou_16" not in written(tmp_path)["targets"]["bdd"]
+
+
 def printed(capsys, *results):
     """(lines of the table, its cells by the name of the row)."""
     evaluate.print_table(*results)
@@ -261,7 +294,7 @@ def printed(capsys, *results):
 
 def test_the_printed_table_has_classes_as_rows_and_targets_and_their_mean_as_columns(tmp_path, capsys):
     lines, rows = printed(capsys, written(tmp_path))
-    assert lines[0].split() == ["IoU", "in", "%", "bdd", "cityscapes", "gta5*", "mean"] and lines[1] == lines[21] == "-" * len(lines[0])
+    assert lines[0] == "IoU in %           bdd  cityscapes   gta5*    mean" and lines[1] == lines[21] == "-" * len(lines[0])
     assert [line[:14].strip() for line in lines[2:21]] == list(data.CLASSES)
     assert rows["road"] == ["71.4", "90.0", "100.0", "80.7"] and rows["sky"] == ["-"] * 4 and rows["images"] == ["3", "4", "5"]
     assert "not part of the mean" in lines[-2] and "input scale 1.0" in lines[-1] and "last" in lines[-1]
@@ -300,15 +333,20 @@ def refused(*words):
     return caught.value.code
 
 
-def test_a_finished_run_is_scored_again_by_command(run, net, otp, capsys):
+def test_a_finished_run_is_scored_again_by_command_and_another_protocol_leaves_its_results_alone(run, net, otp, capsys):
+    (run[0] / "results.json").write_text("of the training")
     command(run[0], "--device", "cpu", "--workers", 0, "--slide", 32, "--flip")
-    results = json.loads((run[0] / "results.json").read_text())
+    results = json.loads((run[0] / "results-slide-32-flip.json").read_text())
+    assert (run[0] / "results.json").read_text() == "of the training"
     items = data.list_items("bdd", run[1]["data_root"], "val")
     conf = evaluate.evaluate_dataset(scorer(net, otp, 0.25), items, protocol=dict(slide=32, flip=True))
     assert results["targets"]["bdd"]["miou"] == pytest.approx(100 * mean_iou(conf)) and results["targets"]["bdd"]["images"] == 3
     assert results["evaluation_size"] == "label's full size; input scale 1.0, slide 32/21, flip averaged"
-    assert results["run"] == "run" and "bicycle" in capsys.readouterr().out
-    assert sorted(path.name for path in run[0].iterdir()) == ["last.pt", "results.csv", "results.json"]
+    assert results["run"] == "run" and "bicycle" in (said := capsys.readouterr()).out and "bdd: 100%" in said.err
+    assert sorted(path.name for path in run[0].iterdir()) == ["last.pt", "results-slide-32-flip.csv", "results-slide-32-flip.json",
+                                                                "results.json"]
+    named = "RUN --targets acdc idd --size 1024 2048 --mapillary B --workers 3 --device cpu --compare OTHER"
+    assert evaluate.file_name(evaluate.parse(named.split())) == "results-size-1024-2048-targets-acdc-idd-mapillary-B"
 
 
 def test_a_second_runs_scores_are_shown_beside_if_they_were_taken_in_the_same_way(run, capsys):
@@ -335,6 +373,7 @@ def test_mistakes_of_the_user_end_in_one_sentence(run, tmp_path):
         message = refused(*words)
         assert message.startswith("error: ") and re.search(reason, message, re.DOTALL), message
     assert not (run[0] / "results.json").exists()
+    assert vars(evaluate.parse(["run"])).items() >= dict(evaluate.PROTOCOL, workers=2).items()  # where nothing else is asked
     for words in (["run", "--slid", "3"], ["run", "--fli"], ["run", "--mapillary", "C"], ["run", "--scale", "big"]):
         with pytest.raises(SystemExit):  # no flag is abbreviated
             evaluate.parse(words)

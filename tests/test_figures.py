@@ -12,7 +12,7 @@ from make_clip import make_clip
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
-from workbench import scorer
+from workbench import scorer, small_net
 
 import data
 import evaluate
@@ -108,8 +108,9 @@ def test_curves_are_distance_loss_and_lambda_with_a_gap_where_a_method_has_no_nu
 
 def trust(net, otp, image, label):
     """Eq. 5 and 6 at the end of the ramp, (2, H, W), nan on void. A place reaches a cell of 16 pixels to each side."""
-    out, padded, _ = ppar.look(ppar.PPAR(net, otp), data.to_tensor(image), label)
-    omega = reweight.reliability(ppar.prediction(out, otp, SimpleNamespace(tau=0.07, text_weight=0.25)), padded)
+    out, padded, _ = ppar.look(ppar.PPAR(net, otp, small_net(seed=1).encoder.eval()), data.to_tensor(image), label)
+    witness = out._replace(emb=out.clip_emb)  # CLIP as it came, as the run's folder has it
+    omega = reweight.reliability(ppar.prediction(witness, otp, SimpleNamespace(tau=0.07, text_weight=0.25)), padded)
     weight = reweight.learning_weights(omega, reweight.place_reliability(omega, padded, 33), padded, ramp=1.0)
     return torch.where(padded == VOID, torch.nan, torch.cat([omega, weight]))[:, :label.shape[0], :label.shape[1]]
 

@@ -217,14 +217,25 @@ def test_every_patch_token_of_a_vit_takes_the_path_of_the_class_token(size):
     h, w = size[0] // 16, size[1] // 16
     visual.positional_embedding = nn.Parameter(model._resize_position(visual.positional_embedding, h, w))
     ours, blocks = encoder.visual.transformer.resblocks, visual.transformer.resblocks
-    seen = watch(ours[3], blocks[1], blocks[3])  # of 4, each (1 + hw, B, C)
+    seen = watch(ours[3], blocks[3])  # of 4, each (1 + hw, B, C)
     with torch.no_grad():
-        low, z = encoder(images(2, *size))
+        _, z = encoder(images(2, *size))
         dense = visual.ln_post(seen[ours[3]]) @ visual.proj
         close(dense[0], visual(images(2, *size)))  # encode_image
     close(seen[ours[3]], seen[blocks[3]])
-    for got, tokens in ((z, dense), (low, seen[blocks[1]])):
-        close(got, tokens[1:].permute(1, 2, 0).unflatten(2, (h, w)))
+    close(z, dense[1:].permute(1, 2, 0).unflatten(2, (h, w)))
+
+
+@pytest.mark.parametrize("patch, step", [(16, 4), (14, 7), (32, 8)])
+def test_the_early_map_of_a_vit_is_its_first_layer_around_the_middle_of_every_finer_cell(patch, step):
+    encoder, image = DenseCLIP(model.VisionTransformer(4 * patch, patch, 64, 1, 1, 24), 16), images(2, 2 * patch, 3 * patch)
+    with torch.no_grad():
+        low, weight = encoder(image)[0], encoder.visual.conv1.weight
+        assert low.shape == (2, 64, 2 * patch // step, 3 * patch // step)
+        for i, j in ((0, 0), (3, 4), (low.shape[2] - 1, low.shape[3] - 1)):
+            top, left = (k * step + step // 2 - patch // 2 + (patch == 14) for k in (i, j))  # 14: of an odd margin, less is before
+            window = clamped(image, torch.arange(top, top + patch), torch.arange(left, left + patch))
+            close(low[:, :, i, j], torch.einsum("bcyx,dcyx->bd", window, weight))
 
 
 @pytest.mark.parametrize("kind, multiple", [("resnet", 32), ("vit", 16)])

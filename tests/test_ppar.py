@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from workbench import CPU, configured, one_batch
+from workbench import CPU, configured, one_batch, unit_rows
 
 import align
 import ppar
@@ -30,13 +30,13 @@ def settings(**more):
 
 
 def random_case():
-    """Output, otp and label (B, H, W): the left third as the prediction has it, the rest at random, some void."""
+    """Output, otp and label (B, H, W): the left third as decoder and CLIP's copy have it, the rest at random, some void."""
     g = torch.Generator().manual_seed(0)
-    emb = F.normalize(torch.randn(B, D, H // 8, W // 8, generator=g), dim=1)
+    emb, clip_emb = (F.normalize(torch.randn(B, D, H // n, W // n, generator=g), dim=1) for n in (8, 16))
     otp, vtp = (F.normalize(torch.randn(*size, D, generator=g), dim=-1) for size in ((K,), (B, K)))
-    out = ppar.Output(4 * torch.randn(B, K, H // 4, W // 4, generator=g), emb, vtp)
+    out = ppar.Output(4 * torch.randn(B, K, H // 4, W // 4, generator=g), emb, vtp, clip_emb)
     label = torch.randint(0, K, (B, H, W), generator=g)
-    label[:, :, :W // 3] = at_label(ppar.prediction(out, otp, settings()).argmax(dim=1))[:, :, :W // 3]
+    label[:, :, :W // 3] = at_label(second_opinion(out, otp, settings()).argmax(dim=1))[:, :, :W // 3]
     label[torch.rand(B, H, W, generator=g) < 0.2] = 255
     return out, otp, label
 
@@ -54,9 +54,15 @@ def resized(x, size):
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
+def second_opinion(out, otp, config):
+    """log q of Eq. 5: decoder, and the text score of CLIP's copy."""
+    text = resized(torch.einsum("bdhw,kd->bkhw", out.clip_emb, otp), out.logits.shape[2:]) / TAU
+    return (1 - config.text_weight) * out.logits + config.text_weight * text
+
+
 def weights_in_loops(out, otp, label, config, ramp):
-    """Eq. 5 and 6, and the balance of the classes, in Python numbers."""
-    p = at_label(ppar.prediction(out, otp, config).softmax(dim=1))
+    """Eq. 5 and 6 in Python numbers, and the same with the balance of the classes."""
+    p = at_label(second_opinion(out, otp, config).softmax(dim=1))
     labelled = [tuple(place) for place in (label != 255).nonzero().tolist()]
     omega = {(b, i, j): (p[b, label[b, i, j], i, j] / p[b, :, i, j].max()).item() for b, i, j in labelled}
     weight = {}
@@ -65,7 +71,7 @@ def weights_in_loops(out, otp, label, config, ramp):
         doubtful = config.reweight and omega[b, i, j] < 0.2 and sum(around) / len(around) < 0.5
         weight[b, i, j] = 1 - ramp * doubtful
     count = [sum(w for at, w in weight.items() if label[at] == c) for c in range(K)]
-    return {at: w * max(1, count[label[at]]) ** -config.balance for at, w in weight.items()}
+    return weight, {at: w * max(1, count[label[at]]) ** -config.balance for at, w in weight.items()}
 
 
 @pytest.mark.parametrize("step, ramp", [(0, 0.0), (2, 0.5), (4, 1.0), (7, 1.0)])
@@ -76,24 +82,24 @@ def test_the_terms_of_equation_7_equal_plain_loops_of_equations_3_to_6(step, ram
     lam = ramp if config.align == "reversed" else 1 - ramp
     assert at == dict(lam=pytest.approx(lam), ramp=pytest.approx(ramp)) and list(terms) == ["seg", "align"]
 
-    weight = weights_in_loops(out, otp, label, config, ramp)
+    weight, balanced = weights_in_loops(out, otp, label, config, ramp)
     logits, goal = resized(out.logits, (H, W)), F.normalize((1 - lam) * out.vtp + lam * otp, dim=2)
     cells = [(b, i, j) for b, i, j in weight if i % 8 == j % 8 == 4]  # the pixels in the middle of a cell
     losses = {(b, i, j): cross_entropy(logits[b, :, i, j].tolist(), label[b, i, j]) for b, i, j in weight}
     cosine = torch.einsum("bdhw,bkd->bkhw", out.emb, goal)
     to_goal = {(b, i, j): cross_entropy((cosine[b, :, i // 8, j // 8] / TAU).tolist(), label[b, i, j]) for b, i, j in cells}
-    for name, parts, share in (("seg", losses, 1), ("align", to_goal, 0.7)):
-        mean = sum(weight[place] * loss for place, loss in parts.items()) / sum(weight[place] for place in parts)
+    for name, weights, parts, share in (("seg", balanced, losses, 1), ("align", weight, to_goal, 0.7)):
+        mean = sum(weights[place] * loss for place, loss in parts.items()) / sum(weights[place] for place in parts)
         assert terms[name].item() == pytest.approx(share * mean, rel=1e-4)
-    if not config.balance and ramp:  # the case is no empty one: some of the doubtful lose their weight
+    if ramp and config.reweight:  # the case is no empty one: some of the doubtful lose their weight
         assert 0.02 < sum(w < 1 for w in weight.values()) / len(weight) < 0.9
 
 
 @pytest.mark.parametrize("label_all", [255, 1])
 def test_a_batch_without_labels_and_one_without_weight_have_finite_losses_and_gradients(label_all):
-    (logits, emb, vtp), otp, label = random_case()
+    (logits, emb, vtp, clip_emb), otp, label = random_case()
     logits = (logits * 0 + torch.tensor([90.0, 0, 0, 0]).view(1, K, 1, 1)).requires_grad_()  # all of it is doubted
-    out = ppar.Output(logits, emb.requires_grad_(), vtp)
+    out = ppar.Output(logits, emb.requires_grad_(), vtp, clip_emb)
     terms, _ = ppar.objective(out, otp, torch.full_like(label, label_all), settings(), 7)
     sum(terms.values()).backward()
     assert [term.item() for term in terms.values()] == [0, 0]
@@ -108,7 +114,7 @@ def test_half_a_batch_in_each_of_two_processes_gives_what_the_whole_batch_gives(
 
     def work(part, reduce=lambda x: x):
         leaves = [x[part].clone().requires_grad_() for x in out[:2]]
-        mine = ppar.Output(*leaves, out.vtp[part])
+        mine = ppar.Output(*leaves, out.vtp[part], out.clip_emb[part])
         terms, _ = ppar.objective(mine, otp, label[part], settings(balance=balance), 3, reduce)
         sum(terms.values()).backward()
         return torch.stack(list(terms.values())), *(x.grad for x in leaves)
@@ -133,7 +139,7 @@ def test_half_a_batch_in_each_of_two_processes_gives_what_the_whole_batch_gives(
 def test_the_prediction_mixes_decoder_and_text_in_the_share_that_the_flag_says():
     out, otp, _ = random_case()
     text = resized(torch.einsum("bdhw,kd->bkhw", out.emb, otp) / TAU, out.logits.shape[2:])
-    out = ppar.Output(out.logits.requires_grad_(), 5 * out.emb.requires_grad_(), None)  # the length says nothing
+    out = ppar.Output(out.logits.requires_grad_(), 5 * out.emb.requires_grad_())  # the length says nothing
     for beta in (0, 0.4, 1):
         got = ppar.prediction(out, otp, settings(text_weight=beta))
         torch.testing.assert_close(got, (1 - beta) * out.logits.detach() + beta * text, rtol=1e-4, atol=1e-5)
@@ -143,13 +149,12 @@ def test_the_prediction_mixes_decoder_and_text_in_the_share_that_the_flag_says()
 # ---------------------------------------------------------------------------------------------------------- the module
 
 
-@pytest.mark.parametrize("kind", ["text", "random", "shuffled"])
+@pytest.mark.parametrize("kind", ["text", "shuffled"])
 def test_build_takes_the_prototypes_that_the_flag_names_and_the_same_network_for_every_method(kind, world):
     config = configured(world, "--prototypes", kind, "--seed", 1)
     module, plain = ppar.build(config)[0], ppar.build(configured(world, "--method", "erm", "--seed", 1))[0]
     text = prototypes.original_text_prototypes(load_clip(config.clip)[0], CLASSES)
-    controls = dict(random=prototypes.random_prototypes(*text.shape, 1), shuffled=prototypes.shuffled_prototypes(text, 1))
-    assert torch.equal(module.otp, controls.get(kind, text)) and module.tau == config.tau
+    assert torch.equal(module.otp, dict(text=text, shuffled=prototypes.shuffled_prototypes(text, 1))[kind]) and module.tau == config.tau
     torch.testing.assert_close(module.net.state_dict(), plain.net.state_dict(), rtol=0, atol=0)
 
 
@@ -167,19 +172,19 @@ class Tower(torch.nn.Module):
 
 @pytest.mark.parametrize("multiple, size, half", [(32, (32, 160), (32, 64)), (14, (70, 98), (28, 56))])
 def test_the_vtp_looks_at_half_the_image_in_a_size_that_the_tower_takes(multiple, size, half):
-    tower, otp, image = Tower(multiple), prototypes.random_prototypes(K, 3), torch.randn(B, 3, *size)
-    vtp = ppar.PPAR(torch.nn.Identity(), otp, tower, TAU).vtp(image)
+    tower, otp, image = Tower(multiple), unit_rows(K, 3), torch.randn(B, 3, *size)
+    vtp, emb = ppar.PPAR(torch.nn.Identity(), otp, tower, TAU).as_clip_came(image)
     small = F.interpolate(image, size=half, mode="bilinear", align_corners=False, antialias=True)
     assert len(tower.seen) == 1 and torch.equal(tower.seen[0], small)
-    assert torch.equal(vtp, prototypes.visual_text_prototypes(otp, F.avg_pool2d(small, multiple), TAU))
+    assert torch.equal(emb, F.avg_pool2d(small, multiple)) and torch.equal(vtp, prototypes.visual_text_prototypes(otp, emb, TAU))
 
 
-@pytest.mark.parametrize("flags", ["", "--align otp", "--align vtp --freeze 0", "--align reversed"])
+@pytest.mark.parametrize("flags", ["", "--align otp --no-reweight", "--align vtp --freeze 0", "--align reversed"])
 def test_every_trainable_part_gets_a_gradient_at_every_step_and_clip_and_the_otp_none(flags, world):
     config = configured(world, *flags.split())  # DistributedDataParallel waits for ever for one that gets none
     (image, label), module = one_batch(config, world), ppar.build(config)[0].train()
     before = {name: t.clone() for name, t in module.state_dict().items() if not name.startswith("net.")}
-    assert {name.split(".")[0] for name in before} == ({"otp"} if config.align == "otp" else {"otp", "clip"})
+    assert {name.split(".")[0] for name in before} == ({"otp", "clip"} if "no-reweight" not in flags else {"otp"})
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.01)
     for step in (0, 2, 7):
         module.zero_grad(set_to_none=True)
@@ -201,8 +206,8 @@ PARTS = dict(  # what a switch promises not to compute
 
 @pytest.mark.parametrize("flags, step, unused", [
     ("--method erm", 2, "vtp alignment cosine reliability place weights"),
-    ("--align none --text-weight 0", 2, "vtp alignment cosine"), ("--align none", 2, "vtp alignment"),
-    ("--align otp", 2, "vtp"), ("--no-reweight", 2, "reliability place weights"), ("", 2, ""),
+    ("--align none --no-reweight", 2, "vtp alignment cosine reliability place weights"), ("--align none", 2, "alignment"),
+    ("--align otp --no-reweight", 2, "vtp reliability place weights"), ("--no-reweight", 2, "reliability place weights"), ("", 2, ""),
     ("", 0, "reliability place weights"),  # weights wait for the ramp: an untrained network has no opinion
 ])
 def test_a_switch_that_is_off_computes_nothing_and_one_that_is_on_does(flags, step, unused, world, monkeypatch):
@@ -226,7 +231,7 @@ def test_distance_is_to_the_prototype_of_the_own_class_and_zero_on_void():
     emb, label = torch.randn(2, 5, 2, 3), torch.tensor([[[0, 1, 255], [2, 2, 0]], [[1, 1, 1], [255, 0, 2]]])
     goals = torch.randn(2, 3, 5)
     for given in (goals, goals[1]):
-        got = ppar.distance(emb, label, given)
+        got = align.distance(emb, label, given)
         for b, i, j in torch.ones(2, 2, 3).nonzero().tolist():
             own = (given if given.dim() == 2 else given[b])[label[b, i, j] % 255]
             expected = 0 if label[b, i, j] == 255 else (emb[b, :, i, j] - own).norm().item()

@@ -1,17 +1,14 @@
 """Eq. 1 and 2: prototypes.py against plain loops, and what a prototype may and may not depend on."""
 
-import inspect
 import math
-import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from make_clip import make_clip
+from workbench import unit_rows
 
-import prototypes
-from prototypes import (TEMPLATES, original_text_prototypes, random_prototypes, shuffled_prototypes,
-                        source_mean_prototypes, visual_text_prototypes)
+from prototypes import TEMPLATES, original_text_prototypes, shuffled_prototypes, visual_text_prototypes
 
 torch.set_num_threads(1)
 
@@ -81,47 +78,14 @@ def test_a_clip_with_a_short_context_gets_short_prompts():
 # ---------------------------------------------------------------------------------------------------- the controls
 
 
-def test_random_prototypes_are_unit_rows_that_depend_on_the_seed_alone():
-    state = torch.get_rng_state()
-    rows = random_prototypes(19, 64, seed=3)
-    assert torch.equal(torch.get_rng_state(), state), "the global generator belongs to training"
-    assert rows.shape == (19, 64)
-    torch.testing.assert_close(rows.norm(dim=1), torch.ones(19))
-    assert torch.equal(rows, random_prototypes(19, 64, seed=3))
-    assert not torch.allclose(rows, random_prototypes(19, 64, seed=4))
-    assert torch.equal(random_prototypes(19, 64), random_prototypes(19, 64, seed=0))
-    assert (rows @ rows.T - torch.eye(19)).abs().max() < 0.7
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_shuffled_prototypes_are_the_same_points_and_no_class_keeps_its_own(seed):
-    otp = random_prototypes(19, 8)
+    otp = unit_rows(19, 8)
     rows = shuffled_prototypes(otp, seed)
     found = (rows[:, None] == otp[None]).all(dim=2).int()  # row i is text j
     assert (found.sum(0) == 1).all() and (found.sum(1) == 1).all() and found.diagonal().sum() == 0
     assert torch.equal(rows, shuffled_prototypes(otp, seed))
     assert not torch.equal(rows, shuffled_prototypes(otp, seed + 5))
-
-
-def test_source_means_equal_plain_loops_and_an_absent_class_gets_its_fallback():
-    g = torch.Generator().manual_seed(0)
-    batches = []
-    for n in (3, 1):  # batches of different size: every pixel counts once, not every batch
-        label = torch.randint(0, 3, (n, H, W), generator=g)
-        label[torch.rand(n, H, W, generator=g) < 0.3] = 255
-        emb = 0.01 * torch.randn(n, D, H, W, generator=g)  # short: a class whose sum is small is not an absent one
-        batches.append((emb.requires_grad_(), label))
-    fallback = random_prototypes(K, D)  # class 3 never occurs
-    total = [[0.0] * D for _ in range(K)]
-    for emb, label in batches:
-        for b, i, j in (label != 255).nonzero().tolist():
-            c = label[b, i, j].item()
-            total[c] = [t + z for t, z in zip(total[c], emb[b, :, i, j].tolist())]
-    got = source_mean_prototypes(iter(batches), fallback)
-    expected = torch.tensor([norm(row) for row in total[:3]] + [fallback[3].tolist()])
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)  # (K, D), float32
-    assert torch.equal(got[3], fallback[3]) and not got.requires_grad
-    assert torch.equal(source_mean_prototypes([(emb, torch.full_like(label, 255))], fallback), fallback)
 
 
 # ------------------------------------------------------------------------------------------------------------- Eq. 2
@@ -196,11 +160,3 @@ def test_the_vtp_is_computed_in_float32_whatever_the_embeddings_come_in(dtype, l
         vtp = visual_text_prototypes(otp, emb, 0.07)
     torch.testing.assert_close(vtp, expected, rtol=1e-5, atol=1e-6)  # the dtype too
     torch.testing.assert_close(vtp.norm(dim=2), torch.ones(B, K))
-
-
-# ---------------------------------------------------------------------------------------------------------- the file
-
-
-def test_prototypes_needs_torch_alone_outside_eq_1():
-    imported = re.findall(r"^( *)(?:import|from) (\w+)", inspect.getsource(prototypes), re.M)
-    assert set(imported) == {("", "torch"), ("    ", "clip")}

@@ -1,14 +1,11 @@
 """Eq. 5 and 6: reweight.py against plain loops, worked examples, and which pixels may lose their weight."""
 
-import inspect
 import math
-import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import reweight
 from reweight import learning_weights, place_reliability, reliability
 
 torch.set_num_threads(1)
@@ -151,10 +148,3 @@ def test_autocast_and_a_batch_without_labels_are_survived():
         weight = weights(logits, label)
     assert weight.dtype == torch.float32 and torch.equal(weight, weights(logits, label))
     assert not weights(logits, torch.full_like(label, VOID)).any()  # 0, not NaN
-
-
-# ---------------------------------------------------------------------------------------------------------- the file
-
-
-def test_reweight_needs_torch_alone():
-    assert set(re.findall(r"^\s*(?:import|from) (\w+)", inspect.getsource(reweight), re.M)) == {"torch"}

@@ -156,6 +156,7 @@ def slope(z, y, p, tau):
 def test_slopes_are_those_of_autograd_and_approach_the_constant_far_out_towards_the_farthest_rival(g, p, tau):
     y, z = int(torch.randint(0, len(p), (1,), generator=g)), uniform(g, 0, 3) * units(g, p.shape[1])
     label, steep, at_hub = torch.tensor([y]), bound.lipschitz_per_class(p, tau)[y].item(), bound.hub_terms(p, tau)[1][y]
+    yield "ceiling", bound.loss_ceiling(p, tau), max(math.log(sum(math.exp(float((c - q).norm()) / tau) for c in p)) for q in p)
     yield "Eq. 9", abs(steep - max(float((c - p[y]).norm()) for c in p) / tau), 0
     yield "Eq. 10", abs(slope(p[y], y, p, tau) - at_hub), 0
     yield "Eq. 25", abs(slope(z, y, p, tau) - bound.local_slope(z[None], label, p, tau)), 0
@@ -175,6 +176,8 @@ def test_smaller_constants_fail():
     rise = risk(p[1:2], label, p, tau) - bound.hub_terms(p, tau)[0][0]
     for basis, enough in ((rest, False), (bound.span_basis(p), True)):
         assert bool(rise <= bound.lipschitz_per_class(p, tau)[0] * distance(p[1:2] @ basis, label, p @ basis)) is enough
+    for small, size in ((0.6e-6, 1), (1.5e-6, 2)):  # a direction is one from a millionth of the largest on; below is rounding
+        assert bound.span_basis(torch.tensor([[0, 0], [1, 0], [0, small]], dtype=torch.float64)).shape == (2, size)
 
 
 def test_the_loss_has_one_minimum_beyond_the_prototype_and_away_from_its_competitors():
@@ -292,9 +295,9 @@ def test_two_legs_are_an_equality_on_the_goal_and_fail_with_that_of_another_imag
     assert debt + widest < risk_far - risk_near <= (debt + widest) / 0.05
 
 
-@pytest.mark.parametrize("name, owed", [("progressive", 1), ("vtp", 1), ("reversed", 0), ("otp", 0), ("both", 0.5412)])
+@pytest.mark.parametrize("name, owed", [("progressive", 1), ("vtp", 1), ("reversed", 0), ("otp", 0)])
 def test_debt_at_the_end_of_each_schedule_is_that_of_the_text(name, owed):
-    """In parts of the gap, for a VTP at a right angle to its OTP; half way it is more than half, sin(22.5) / sin(45 degrees)."""
+    """In parts of the gap, for a VTP at a right angle to its OTP."""
     otp, vtp = torch.eye(2, dtype=torch.float64)[:1], torch.eye(2, dtype=torch.float64)[None, 1:]
     goal = align.goal(otp, vtp, align.SCHEDULES[name](align.progress(100, 100, 0.05, 0.3)))
     assert ((goal - otp).norm() / (vtp - otp).norm()).item() == pytest.approx(owed, abs=1e-4)
@@ -393,10 +396,6 @@ def test_class_shares_under_weights(g, p, tau):
         tv = bound.total_variation(before, shares(target[1], k)) + shift
         yield "Eq. 12 from the weighted source", row["left"], row["right"]
         yield "the price of the shift", row["right"], row["right"] + row["osc"] * (tv - row["tv"])
-    share = random_shares(g, torch.ones(k))
-    balanced = share.sqrt() / share.sqrt().sum()
-    yield "balance, equal shares", (1 / k / balanced).max(), (1 / (k * share.min())).sqrt()
-    yield "balance, its own shares", (share / balanced).max(), k ** 0.5
 
 
 def test_a_ratio_of_shares_that_forgets_the_weights_fails():
@@ -468,7 +467,7 @@ class Tiny(torch.nn.Module):
     def forward(self, image):
         emb = F.normalize(self.conv(image), dim=1)
         vtp = F.normalize(self.otp + 0.5 * F.normalize(emb.mean((2, 3)), dim=1)[:, None], dim=-1)
-        return ppar.Output(self.decoder(image), emb, vtp if self.asks_vtp else None)
+        return ppar.Output(self.decoder(image), emb, *((vtp, emb.roll(1, dims=1)) if self.asks_vtp else ()))
 
 
 @pytest.fixture
@@ -516,8 +515,8 @@ def by_hand(run, items):
         image = F.pad(data.to_tensor(image)[None], (0, -w % 8, 0, -h % 8), mode="replicate")
         label = F.pad(torch.as_tensor(label).long(), (0, -w % 8, 0, -h % 8), value=VOID)
         with torch.no_grad():
-            logits, emb, vtp = run.ppar(image)
-        score = 0.7 * logits + 0.3 * torch.einsum("kd,bdhw->bkhw", run.ppar.otp, emb) / 0.1
+            logits, emb, vtp, clip_emb = run.ppar(image)
+        score = 0.7 * logits + 0.3 * torch.einsum("kd,bdhw->bkhw", run.ppar.otp, clip_emb) / 0.1
         weight = weights_by_hand(score[0].repeat_interleave(4, dim=1).repeat_interleave(4, dim=2), label)
         label = label[2::4, 2::4].flatten()  # the centre of a 4 x 4 cell, by hand
         emb, weight, label = emb[0].flatten(1).T[label != VOID], weight[label != VOID], label[label != VOID]
@@ -585,7 +584,7 @@ def test_measuring_a_run_writes_every_term_and_finds_no_violation(tiny, capsys, 
     held_out, first = source != ["no-val"], stored["domains"]["source"]
     assert list(stored["domains"]) == ["source", *["source held out"] * held_out, *run.config.targets]
     assert ("no held-out source row" in said) is not held_out
-    shown = ("analysis only", "every inequality holds: yes", *(f"\n{key} " for key in first))
+    shown = ("analysis only", "rank correlation", "over the 3 targets", "every inequality holds: yes", *(f"\n{key} " for key in first))
     assert all(text in said for text in shown)
     val = [(name, "val", 3, 0.0) for name in source * held_out + run.config.targets]
     assert calls[1:] == [(name, "train", 3, 0.2) for name in source] + val, "read as the run was configured"
@@ -601,6 +600,20 @@ def test_measuring_a_run_writes_every_term_and_finds_no_violation(tiny, capsys, 
     assert all(torch.equal(value, before[name]) for name, value in run.ppar.state_dict().items())
 
 
+def test_bars_of_the_figure_add_up_to_the_right_side_and_to_the_two_legs_and_marks_are_the_columns(tiny, monkeypatch):
+    import bound_figure
+    drawn, report = [], bound.measure_run(tiny[0], 2)
+    monkeypatch.setattr(bound_figure.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    bound_figure.draw(report, tiny[0].path / "bound.png")
+    rows = report["domains"].values()
+    assert drawn[0].get_size_inches().tolist() == [13, 2.2 + 0.5 * len(rows)]  # half an inch for each bar
+    for axis, sums, marks in zip(drawn[0].axes, (("right",), ("radius_vtp", "gap")),
+                                 (("left", "right_direct", "right_local", "ceiling"), ("radius_otp", "radius_span")), strict=True):
+        ends = [bar.get_x() + bar.get_width() for bar in axis.containers[-1]]  # of the last part, which begins where the others end
+        assert ends == pytest.approx([sum(row[name] for name in sums) for row in rows], rel=1e-5)
+        assert [[*line.get_xdata()] for line in axis.lines] == [[row[name] for row in rows] for name in marks]
+
+
 def test_a_violation_is_reported_and_not_hidden(tiny, capsys, monkeypatch):
     """If a right side came out a little too small, `holds` would say so: the check itself can fail."""
     run, items, _ = tiny
@@ -608,7 +621,9 @@ def test_a_violation_is_reported_and_not_hidden(tiny, capsys, monkeypatch):
     right = domain["mass"] * bound.describe(domain, domain, run.ppar.otp, 0.1)["right"]
     for name, value in dict(left=domain["right_local"], right_local=domain["right_direct"], right_direct=right,
                             radius_otp=domain["radius_vtp"] + domain["gap"]).items():
-        assert bound.describe(domain, dict(domain, **{name: value + 1e-3}), run.ppar.otp, 0.1)["holds"] is False, name
+        slack = 1e-5 * max(1, bound.mean(dict(domain, value=value), "value"))  # for the rounding of float32
+        rows = [bound.describe(domain, dict(domain, **{name: value.double() + x * slack}), run.ppar.otp, 0.1) for x in (0.9, 1.1)]
+        assert [row["holds"] for row in rows] == [True, False], name
     monkeypatch.setattr(bound, "hub_bound", lambda *terms: 0.0)
     rows = bound.measure_run(run, 2)["domains"].values()
     assert all(row["holds"] is False and row["images"] == 2 for row in rows)

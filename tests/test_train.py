@@ -6,6 +6,7 @@ PPAR_LONG=1 in the environment.
 """
 
 import copy
+import csv
 import dataclasses
 import itertools
 import json
@@ -13,6 +14,7 @@ import math
 import os
 import re
 import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -93,7 +95,7 @@ def test_two_sources_and_a_vit_train_and_are_scored(world, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(*world["flags"], "--source", "gta5", "synthia", "--targets", "bdd", "--clip", world["vit"],
                 "--steps", 3, "--out", out, scored=True) is None
-    assert "gta5 (5 images) + synthia (3 images)" in capsys.readouterr().out
+    assert "gta5 (5 images) + synthia (3 images)" in (said := capsys.readouterr().out) and f"python bound.py {out}" in said
     assert json.loads((out / "results.json").read_text())["targets"]["bdd"]["images"] == 3
     assert read_state(out)["arch"]["visual"]["kind"] == "vit" and len(read_log(out)) == 3
 
@@ -122,7 +124,7 @@ def stopped(out, at, *flags, steps=8):
     return out
 
 
-@pytest.mark.parametrize("flags", ["", "--amp bf16", "--prototypes source --align vtp", "--method erm --micro-batch 3",
+@pytest.mark.parametrize("flags", ["", "--amp bf16", "--prototypes shuffled --align vtp", "--method erm --micro-batch 3",
                                    "--save-every 500"], ids=["full", "bf16", "source means", "erm in parts", "from step 0"])
 def test_a_run_that_died_goes_on_with_other_workers_to_the_same_bits(flags, world, tmp_path):
     flags = [*world["flags"], "--steps", 4, "--save-every", 2, *flags.split()]
@@ -223,30 +225,26 @@ def test_two_runs_are_the_same_bits_with_any_workers_and_whatever_the_global_ran
     torch.manual_seed(90 + workers)
     np.random.seed(90 + workers)
     assert same(trained(tmp_path / "run", *world["flags"], "--workers", workers), straight) is None
+    assert torch.are_deterministic_algorithms_enabled() and not torch.utils.deterministic.fill_uninitialized_memory
 
 
 def test_every_method_starts_from_the_same_network_and_sees_the_same_batches_and_another_seed_others(world, tmp_path, monkeypatch):
-    backward, seen = train.backward, {}
+    backward, seen, checked = train.backward, {}, []
 
     def spy(network, image, label, config, *rest):
         seen.setdefault(config.out, [copy.deepcopy(dict(network.net.state_dict()))]).append((image, label))
         return backward(network, image, label, config, *rest)
 
     monkeypatch.setattr(train, "backward", spy)
-    for n, flags in enumerate(("", "--method erm", "--prototypes random", "--align otp", "--seed 1")):
+    monkeypatch.setattr(train, "check_first_step", lambda *_: checked.append(len([*seen.values()][-1]) - 1))
+    for n, flags in enumerate(("", "--method erm", "--prototypes shuffled", "--align otp", "--seed 1")):
         trained(tmp_path / str(n), *world["flags"], *flags.split(), "--steps", 2)
     full, *others, seed = seen.values()
+    assert checked == [1] * 5  # after the first step of each
     assert [difference(full, other) for other in others] == [None] * 3
     pictures = [image for run in (full, seed) for image, _ in run[1:]]
     assert not any(torch.equal(a, b) for n, a in enumerate(pictures) for b in pictures[:n])
     assert difference(full[0], seed[0]) is not None
-
-
-def test_source_means_are_over_the_crops_of_the_first_32_batches(world, monkeypatch):
-    config, seen, real = configured(world, "--prototypes", "source"), [], data.TrainingStream.__getitem__
-    monkeypatch.setattr(data.TrainingStream, "__getitem__", lambda self, n: seen.append(n) or real(self, n))
-    train.open_network(config, train.open_data(config, None), None, 0, CPU, torch.contiguous_format)
-    assert seen == list(range(32 * config.batch))
 
 
 def free_port():
@@ -303,6 +301,47 @@ def test_results_are_the_same_from_one_process_and_from_two(straight, tmp_path):
     assert one == two
 
 
+def test_too_little_shared_memory_is_said_before_step_0_and_evaluation_takes_fewer_processes(world, tmp_path, monkeypatch):
+    """Two processes hold at most five batches of 4 x 64 x 64 x 4 bytes."""
+    assert 0 < data.shared_memory() < math.inf or not os.path.isdir("/dev/shm")
+    monkeypatch.setattr(data, "shared_memory", lambda: 5 * 65536 - 1)
+    sentence = main(*world["flags"], "--out", tmp_path / "run", "--workers", 2)
+    assert is_one_sentence(sentence) and all(word in sentence for word in ("--workers 2", "/dev/shm", "--workers 0", "--shm-size"))
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(torch.utils.data.DataLoader, "_get_iterator", lambda loader: pytest.fail(f"{loader.num_workers}"))
+    with pytest.raises(pytest.fail.Exception, match="^0$"):
+        evaluate.evaluate_dataset(None, data.list_items("cityscapes", str(world["root"]), "val"), workers=2)
+    monkeypatch.setattr(data, "shared_memory", lambda: 5 * 65536)
+    data.check_shared_memory(2, 65536)
+    data.check_shared_memory(0, 2 ** 60)
+
+
+def test_several_processes_ask_each_other_for_a_stop_signal_in_every_tenth_step_alone_and_stop_together(world, tmp_path, monkeypatch):
+    """One process of the two that there would be: it has a signal at step 3, and may not leave before the other knows of it."""
+    rate, reduce, steps, asked = train.learning_rate, train.sum_over_processes, [], []
+
+    def at(step, total):
+        steps.append(step)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate(step, total)
+
+    def spy(x):
+        if x.dtype == torch.int64:  # all other sums are of losses and weights
+            asked.append(steps[-1] + 1)
+        return reduce(x)
+
+    monkeypatch.setattr(train, "learning_rate", at)
+    monkeypatch.setattr(train, "sum_over_processes", spy)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(data.UserError, match="stopped by a signal after step 10,"):
+            train.train(configured(world, "--steps", 30, "--out", tmp_path / "run"), None, 0, 2, CPU)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert asked == [10] and checkpoint.read(tmp_path / "run")["step"] == 10
+
+
 def test_a_batch_that_cannot_be_split_is_refused(world, tmp_path):
     with pytest.raises(data.UserError, match="--batch 4 cannot be split over 3 processes"):
         train.train(configured(world, "--out", tmp_path / "run"), None, 0, 3, CPU)
@@ -338,13 +377,14 @@ def test_help_and_an_unknown_flag_are_answered_without_torch(tmp_path):
     told, wrong = ask("--help"), ask("--step", "1")  # no abbreviations
     assert told.returncode == 0 and "torch was imported" not in told.stderr
     assert all("--" + field.name.replace("_", "-") in told.stdout for field in dataclasses.fields(train.Config))
+    assert all(f"(default: {flag})" in " ".join(told.stdout.split()) for flag in ("--tau 0.07", "--no-compile", "--ramp 0.05 0.3"))
     assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1].endswith("unrecognized arguments: --step 1")
     assert "torch was imported" in ask("--steps", "1").stderr  # the poison works
 
 
 BAD_FLAGS = {flags.strip(): flags.strip() for flags in """--crop 0, --steps 0, --batch 0, --micro-batch -1, --workers -1, --lr 0, --lr inf,
     --lr nan, --lr-clip -1, --tau 0, --w-align -1, --w-align 0, --text-weight 2, --harmful 1.5, --ramp 0.6 0.6,
-    --ramp 0.5, --ramp 0.0 1.1, --ramp -0.1 1, --save-every 0, --seed -1, --holdout -1, --balance 2, --freeze 6, --freeze -1,
+    --ramp 0.5, --ramp 0.0 1.1, --ramp -0.1 1, --save-every 0, --seed -1, --holdout -1, --balance 2, --freeze -1,
     --device nonsense""".split(",")} | {
     "--crop 100": "--crop 100 must be a multiple of 32", "--holdout 5 --targets gta5": "--holdout 5",
     "--source nowhere": "no data set 'nowhere'", "--targets nowhere": "no data set 'nowhere'", "--clip RN51": "RN50",
@@ -352,7 +392,7 @@ BAD_FLAGS = {flags.strip(): flags.strip() for flags in """--crop 0, --steps 0, -
     "--source acdc": "rgb_anon", "--harmful 0.2": "gta5", "--method erm --align otp": "--align otp",
     "--method erm --text-weight 0.2": "--text-weight 0.2", "--method erm --reweight": "--reweight",
     "--method erm --text-weight 0.5": "--text-weight 0.5", "--out /dev/null": "/dev/null", "--out /dev/null/run": "/dev/null/run",
-} | ({} if torch.cuda.is_available() else {"--device cuda": "--device cuda"})
+} | {"--freeze 6": "between 0 and 5"} | ({} if torch.cuda.is_available() else {"--device cuda": "--device cuda"})
 
 
 @pytest.mark.parametrize("flags, told", BAD_FLAGS.items())
@@ -409,7 +449,7 @@ def test_training_opens_no_target_file_and_scoring_does(world, tmp_path):
 
     sys.addaudithook(watch)
     config = configured(world, "--data-root", root, "--targets", "cityscapes", "bdd", "mapillary", "--steps", 3,
-                        "--prototypes", "source", "--out", tmp_path / "run")
+                        "--out", tmp_path / "run")
     module = train.train(config, None, 0, 1, CPU)
     assert set(opened) == {"gta5"}
     evaluate.evaluate_targets(checkpoint.Run(module, config, 3, Path(config.out)))
@@ -453,17 +493,36 @@ def test_the_learning_rate_rises_linearly_falls_polynomially_and_is_never_zero()
 def test_the_presets_are_what_the_documents_say():
     toy, real = vars(train.configure({})), vars(train.configure({"source": ("gta5",)}))
     both = dict(method="ppar", align="progressive", w_align=1.0, tau=0.07, ramp=(0.05, 0.3), reweight=True, balance=0.5,
-                text_weight=0.5, freeze=3, batch=8)
+                text_weight=0.5, freeze=3, batch=8, holdout=0, micro_batch=0, save_every=500, compile=False, figures=True)
     assert toy == toy | both | dict(source=("toy-gta5",), clip="toy", stride=8, steps=400, crop=96, lr=3e-3, lr_clip=0.03, amp="fp32",
                                     workers=2, harmful=0.1, out="runs/ppar-toy-gta5-seed0")
     assert real == real | both | dict(targets=("cityscapes", "bdd", "mapillary"), clip="RN50", stride=16, steps=40000,
                                       crop=512, lr=1e-4, lr_clip=0.1, amp="auto", workers=train.LOADERS, harmful=0.0, mapillary="A")
+    for clip, crop in (("ViT-L/14", 504), ("ViT-L/14@336px", 504), ("ViT-B/16", 512)):  # a multiple of the patch
+        assert train.configure(dict(source=("gta5",), clip=clip)).crop == crop and train.configure(dict(clip=clip, crop=98)).crop == 98
     assert train.configure({"source": ("toy-gta5", "gta5")}).clip == "RN50"  # one real source makes it a real run
     undecided = {f.name for f in dataclasses.fields(train.Config) if f.default is None} - {"out", "resume", "device"}
     assert all(set(preset) == undecided for preset in train.PRESETS.values())
     given = train.configure(train.parse("--steps 7 --harmful 0".split()))  # a flag that is given beats the preset
     assert (given.steps, given.harmful) == (7, 0) and train.configure(dict(crop=32)).crop == 32
     assert train.CORES == len(os.sched_getaffinity(0)) and train.LOADERS == min(16, train.CORES)
+
+
+@pytest.mark.parametrize("processes, loaders", [(2, 16), (10, 10), (200, 1)])
+def test_the_processes_of_one_machine_share_its_cores(processes, loaders, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(1 if pid else 100))
+    assert runpy.run_path(train.__file__)["LOADERS"] == loaders
+
+
+def test_the_closing_words_show_the_committed_baseline_beside_a_run_of_its_own_recipe_alone(capsys):
+    rows = [row for row in csv.DictReader((ROOT / "results/toy.csv").read_text().splitlines()) if row["row"] == "vote"]
+    bdd, snow = (np.mean([float(row[name]) for row in rows]) for name in ("toy-bdd", "toy-snow"))
+    for flags, target, shown in (({}, "toy-snow", True), ({}, "toy-dev", False), (dict(steps=20), "toy-snow", False)):
+        train.closing_words(train.configure(flags | dict(out="there")), dict(targets={"toy-bdd": 0, target: 0}))
+        said = capsys.readouterr().out
+        assert (f"mean of {len(rows)} seeds, from results/toy.csv): bdd {bdd:.1f}, snow {snow:.1f}\n" in said) == shown == ("votes" in said)
+        assert "python bound.py there" in said and "python figures.py there --compare OTHER" in said
 
 
 def test_erm_is_the_method_with_every_switch_off_and_nothing_else():
@@ -477,6 +536,7 @@ def test_every_flag_reaches_its_field_and_what_cannot_be_read_is_refused():
     flags = "--source a b --no-figures --lr 2e-3 --micro-batch 3 --align vtp --compile --stride 8 --ramp 0 0.5"
     assert train.parse(flags.split()) == dict(source=("a", "b"), figures=False, lr=2e-3, micro_batch=3, align="vtp",
                                               compile=True, stride=8, ramp=(0.0, 0.5))
+    assert [train.parse(["--stride", stride])["stride"] for stride in ("8", "16", "32")] == [8, 16, 32]
     for flags in ("extra", "--ramp a b", "--align sideways", "--steps ten", "--stride 7", "--lr", "--source"):
         with pytest.raises(SystemExit, match="2"):
             train.parse(flags.split())
@@ -487,7 +547,7 @@ FIRST_STEPS = json.loads((Path(__file__).parent / "first_steps.json").read_text(
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in ("erm", "full") else LONG) for n in FIRST_STEPS])
 def test_the_first_twenty_steps_of_the_drawn_world_are_those_of_the_stored_log(name, tmp_path):
-    """Stored by commit 2437fbc (erm) and by the first commit of this method (the others): the same training but for rounding."""
+    """Stored by commit 2437fbc (erm) and by the first commits of this method (the others): the same training but for rounding."""
     stored, out = FIRST_STEPS[name], tmp_path / "run"
     flags = f"--steps 20 --no-figures --workers 0 --targets toy-fog --device cpu {stored['flags']} --out {out}"
     train.main(train.parse(flags.split()))

@@ -18,11 +18,16 @@ CPU = torch.device("cpu")
 TERMS = ("loss", "seg", "align")
 
 
-def main(*flags, scored=False):
-    """train.main in this process, every step logged -> None, or the sentence that it ended with."""
+def unit_rows(number, dim, seed=0):
+    """Random directions (number, dim), in the place of prototypes."""
+    return torch.nn.functional.normalize(torch.randn(number, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def main(*flags, scored=False, every=1):
+    """train.main in this process, every step logged (or as told) -> None, or the sentence that it ended with."""
     score = evaluate.evaluate_targets if scored else lambda *args, **kwargs: dict(targets={})
     flags = [*flags] if scored else [*flags, "--no-figures"]
-    with mock.patch.object(evaluate, "evaluate_targets", score), mock.patch.object(train, "LOG_EVERY", 1):
+    with mock.patch.object(evaluate, "evaluate_targets", score), mock.patch.object(train, "LOG_EVERY", every):
         try:
             train.main(train.parse([str(flag) for flag in flags]))
         except SystemExit as end:

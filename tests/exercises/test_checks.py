@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import workbench
 from PIL import Image
 
 import align
@@ -54,14 +55,14 @@ def test_01_on_paper(mine):
 def test_02_alignment_loss(mine):
     g = torch.Generator().manual_seed(0)
     emb, weight = 3 * torch.randn(2, 8, 5, 7, generator=g), torch.rand(2, 5, 7, generator=g).round(decimals=1)
-    label, points = torch.randint(0, 4, (2, 5, 7), generator=g), prototypes.random_prototypes(4, 8)
+    label, points = torch.randint(0, 4, (2, 5, 7), generator=g), workbench.unit_rows(4, 8)
     label[torch.rand(2, 5, 7, generator=g) < 0.3] = 255
     for tau, w in ((0.07, weight), (1.0, weight), (0.07, 0 * weight)):
         torch.testing.assert_close(mine.alignment_loss(emb, label, points, tau, w), align.alignment_loss(emb, label, points, tau, w))
 
 
 def test_03_minimum(mine):
-    points, tau, anywhere = prototypes.random_prototypes(5, 6), 0.2, prototypes.random_prototypes(500, 6, seed=1)
+    points, tau, anywhere = workbench.unit_rows(5, 6), 0.2, workbench.unit_rows(500, 6, seed=1)
     for y in range(5):
         z = mine.minimum(points, y, tau)
         best, *others = bound.score_loss(torch.cat([z[None], points[y:y + 1], anywhere]), torch.full((502,), y), points, tau)
@@ -146,7 +147,7 @@ def test_10_loss(mine):
     features, logits = torch.randn(2, 5, 6, 9, generator=g, requires_grad=True), 3 * torch.randn(2, 4, 24, 36, generator=g)
     label = torch.randint(0, 4, (2, 3, 4), generator=g).repeat_interleave(8, 1).repeat_interleave(9, 2)
     label[:, :, :5] = 255
-    project, otp = torch.nn.Conv2d(5, 8, 1), prototypes.random_prototypes(4, 8)
+    project, otp = torch.nn.Conv2d(5, 8, 1), workbench.unit_rows(4, 8)
     vtp = prototypes.visual_text_prototypes(otp, torch.randn(2, 8, 3, 3, generator=g), 0.07)
     for step in (0, 1, 2):
         config = SimpleNamespace(steps=2, ramp=(0, 1), align="progressive", reweight=True, balance=0, w_align=1, tau=0.1, text_weight=0)

@@ -11,6 +11,7 @@ import pytest
 import test_checks
 import torch
 import torchvision.models.segmentation as zoo
+import workbench
 from torch.nn.functional import cross_entropy
 
 import align
@@ -62,7 +63,7 @@ def test_the_eight_lines_train_a_segmentation_network_of_torchvision(name, chann
     torch.manual_seed(0)
     net, project, maps = getattr(zoo, name)(weights=None, weights_backbone=None, num_classes=3), torch.nn.Conv2d(channels, 8, 1), []
     net.backbone.register_forward_hook(lambda module, image, out: maps.append([*out.values()][-1]))
-    otp, label = prototypes.random_prototypes(3, 8), torch.randint(0, 3, (2, 32, 64))
+    otp, label = workbench.unit_rows(3, 8), torch.randint(0, 3, (2, 32, 64))
     label[:, :5] = 255
     vtp = prototypes.visual_text_prototypes(otp, torch.randn(2, 8, 4, 6), tau=0.07)
     for step, goal in ((0, otp), (10, vtp)):  # the two ends of the ramp

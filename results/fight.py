@@ -1,0 +1,100 @@
+"""fight.py: the fair fight. Every method gets the same settings to choose from, and meets the targets once, with new seeds.
+
+    python results/fight.py              search: 16 settings x 6 methods x 2 seeds, judged on development looks (search.csv)
+    python results/fight.py --final      then each method at its own best setting, with five new seeds, on the targets (fight.csv)
+    python results/fight.py --table      train nothing, write the tables into results/README.md
+
+A method's setting is the one with the highest mean over seeds and looks, among the settings that every method has finished
+with every seed. --final refuses to start before all are, because a target that was looked at cannot be unseen again.
+"""
+
+import argparse
+import random
+import statistics
+import sys
+
+import ablate
+from ablate import HERE, ROWS, TARGETS
+
+LOOKS = ("toy-dev", "toy-dev-2", "toy-dev-3", "toy-dev-4")  # for choosing; no reported target is among them
+SEEDS, NEW_SEEDS = (0, 1), (5, 6, 7, 8, 9)
+METHODS = {"erm": "--method erm", **{name: ROWS[name][1] for name in ("vote", "otp", "no-reweight", "only-reweight", "full")}}
+GRID = {"--lr": (1e-3, 2e-3, 3e-3, 5e-3), "--lr-clip": (0.01, 0.03, 0.1, 0.3), "--freeze": (0, 1, 2, 3, 4, 5),
+        "--balance": (0.0, 0.5, 1.0), "--steps": (400, 800), "--text-weight": (0.3, 0.5, 0.7)}
+DRAW = random.Random(0)
+SETTINGS = [{flag: DRAW.choice(values) for flag, values in GRID.items()} for _ in range(16)]
+
+
+def flags(method, number):
+    """The flags of a method at a setting. The baseline has no text score, so its share is none of its flags."""
+    own = [f"{flag} {value}" for flag, value in SETTINGS[number].items() if method != "erm" or flag != "--text-weight"]
+    return f"{METHODS[method]} {' '.join(own)}"
+
+
+def search_jobs(seeds=SEEDS):
+    """(row, seed, flags), seeds and settings first, so that a search that is cut off has tried the same for all methods."""
+    return [(f"{method}-{number}", seed, flags(method, number)) for seed in seeds for number in range(len(SETTINGS)) for method in METHODS]
+
+
+def scores(lines, seeds=SEEDS):
+    """{method: {setting: mean over looks and seeds}}, of the settings that all methods have finished with all seeds."""
+    found = {method: {n: ablate.column(lines, f"{method}-{n}") for n in range(len(SETTINGS))} for method in METHODS}
+    whole = [n for n in range(len(SETTINGS)) if all(set(seeds) <= set(found[method][n]) for method in METHODS)]
+    return {method: {n: statistics.mean(found[method][n][seed] for seed in seeds) for n in whole} for method in METHODS}
+
+
+def chosen(lines):
+    """{method: (its best setting, the mean score there)}."""
+    return {method: max(by_setting.items(), key=lambda pair: pair[1]) for method, by_setting in scores(lines).items() if by_setting}
+
+
+def search_table(lines):
+    """Markdown: one line a setting, one column a method; the best of each method in bold once there is one."""
+    seeds = SEEDS if scores(lines)["full"] else SEEDS[:1]
+    table = [f"Made by `python results/fight.py`: mean over the four looks, {len(seeds)} seed(s).", "",
+             f"| | {' | '.join(f'`{flag}`' for flag in GRID)} | {' | '.join(METHODS)} |", "|---" * (len(METHODS) + len(GRID) + 1) + "|"]
+    by_method, best = scores(lines, seeds), chosen(lines)
+    for n in by_method["full"]:
+        means = [f"{by_method[m][n]:.1f}" for m in METHODS]
+        means = [f"**{mean}**" if m in best and best[m][0] == n else mean for m, mean in zip(METHODS, means)]
+        table.append(f"| {n} | {' | '.join(str(SETTINGS[n][flag]) for flag in GRID)} | {' | '.join(means)} |")
+    return table
+
+
+def final_table(lines, best):
+    """Markdown: the methods at their own settings on the targets, and full minus each of the others at equal seed."""
+    table = ["| method | setting | on looks | unseen | held-out source | full minus it | 95 % interval |", "|---|---|---|---|---|---|---|"]
+    for method, (number, score) in best.items():
+        mean, source = (ablate.spread(list(ablate.column(lines, method, key).values())) for key in ("unseen", "toy-gta5"))
+        ahead = ablate.paired(ablate.column(lines, "full"), ablate.column(lines, method)) if method != "full" else None
+        gain = f"{ahead[1]:+.2f} | {ahead[1] - ahead[2]:+.2f} to {ahead[1] + ahead[2]:+.2f}" if ahead else " | "
+        table.append(f"| {ROWS[method][0]} | {number} | {score:.1f} | {mean} | {source} | {gain} |")
+    return table
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--final", action="store_true", help="the targets, once")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="of the search")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    args = parser.parse_args()
+    failed, search, fight = 0, HERE / "search.csv", HERE / "fight.csv"
+    if args.final:
+        if len(scores(ablate.read(search))["full"]) < len(SETTINGS):
+            sys.exit("The search is not complete: run python results/fight.py first.")
+        best = chosen(ablate.read(search))
+        jobs = [(method, seed, flags(method, best[method][0])) for seed in NEW_SEEDS for method in METHODS]
+        failed = ablate.train(jobs, fight, TARGETS, args.jobs, "fight")
+    elif not args.table:
+        failed = ablate.train(search_jobs(args.seeds), search, LOOKS, args.jobs, "search")
+    content = search_table(ablate.read(search))
+    if ablate.read(fight):
+        content += ["", *final_table(ablate.read(fight), chosen(ablate.read(search)))]
+    ablate.put(HERE / "README.md", "fight", "\n".join(content))
+    if failed:
+        sys.exit(f"{failed} runs failed; what they said stands above. The same command tries them again.")
+
+
+if __name__ == "__main__":
+    main()
