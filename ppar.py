@@ -8,7 +8,7 @@
 
 Shapes
     image, label   (B, 3, H, W), (B, H, W) int64, 255 = void     logits   (B, K, H/4, W/4)
-    emb, clip_emb  (B, D, h, w)  unit norm over D                otp, vtp (K, D), (B, K, D)  unit rows
+    emb            (B, D, h, w)  unit norm over D (clip_emb: on a coarser grid)    otp, vtp (K, D), (B, K, D)  unit rows
     omega, weight  (B, H, W)                                     grid     (B, h, w): the label at the centre of each cell
 
 Not here: the loop (train.py), the score (evaluate.py). `python ppar.py` prints
