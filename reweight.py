@@ -8,8 +8,8 @@ most. But they are doubted pixel by pixel, amid surroundings that are believed, 
 objects, frames. So a pixel loses its weight where its place is doubted with it.
 
     Eq. 5   omega_i = q_i[y_i] / max_c q_i[c]                          reliability, in [0, 1]: 1 where the label is foremost
-            R_i = mean of omega over the labelled pixels around i      reliability of the place
-    Eq. 6   w_i = 1 - ramp * [omega_i < 0.2 and R_i < 0.5]             learning weight, in [0, 1]
+            Omega_i = mean of omega over the labelled pixels around i  reliability of the place
+    Eq. 6   w_i = 1 - ramp * [omega_i < 0.2 and Omega_i < 0.5]         learning weight, in [0, 1]
 
 Shapes
     logits         (B, K, h, w)       log q, up to a constant for each pixel; on the grid of the label, or on a coarser one
@@ -50,7 +50,7 @@ def reliability(logits, label):
 
 @torch.no_grad()
 def place_reliability(omega, label, side):
-    """R of Eq. 5: the mean omega of the labelled pixels in a window of `side` (odd) pixels around each, (B, H, W).
+    """Omega of Eq. 5: the mean omega of the labelled pixels in a window of `side` (odd) pixels around each, (B, H, W).
 
     # our reading: a pixel doubted alone is hard, one in a doubted region is labelled wrongly.
     """
