@@ -118,9 +118,10 @@ def said_and_measured(runs, printed):
     cheap = re.search(r"reaches ([\d.]+) instead\s+of ([\d.]+).*?baseline ([\d.]+) instead of ([\d.]+)", text["results/README.md"], re.S)
     found.append(("results/README.md, the cheap path", [*map(float, cheap.groups())],
                   means(short) + means(full) + means(bare) + means(erm)))
-    order = re.search(r"`--freeze 0`, 3 and 5 gave ([\d.]+), ([\d.]+) and ([\d.]+),", text["results/README.md"])
+    three = r"([\d.]+), ([\d.]+) and ([\d.]+)"
+    order = re.search(rf"`--freeze 0`, 3 and 5 gave {three},", text["results/README.md"])
     found.append(("results/README.md, --freeze", [*map(float, order.groups())], means(free) + means(short) + means(frozen)))
-    thin = re.search(r"they were ([\d.]+), ([\d.]+) and ([\d.]+) without balance, and ([\d.]+), ([\d.]+) and ([\d.]+) with", text["exercises.md"])
+    thin = re.search(rf"they were {three} without balance, and {three} with", text["exercises.md"])
     rare = ("pole", "traffic light", "traffic sign")
     return [*found, ("exercises.md, exercise 6", [*map(float, thin.groups())], means(unbalanced, rare) + means(short, rare))]
 

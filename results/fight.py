@@ -2,25 +2,34 @@
 
     python results/fight.py              search: 16 settings x 6 methods x 2 seeds, judged on development looks (search.csv)
     python results/fight.py --final      then each method at its own best setting, with five new seeds, on the targets (fight.csv)
+    python results/fight.py --clips      the full method and the best baseline once more, with two other miniature CLIPs (fight.csv)
     python results/fight.py --table      train nothing, write the tables into results/README.md
 
 A method's setting is the one with the highest mean over seeds and looks, among the settings that every method has finished
-with every seed. --final refuses to start before all are, because a target that was looked at cannot be unseen again.
+with every seed. --final refuses to start before all are, because a target that was looked at cannot be unseen again. Beside the
+settings stands train.py's own recipe, chosen by hand with the full method in view: it is shown, and no method may choose it.
 """
 
 import argparse
 import random
 import statistics
+import subprocess
 import sys
 
 import ablate
 from ablate import HERE, ROWS, TARGETS
+
+sys.path.insert(0, str(HERE.parent))
+
+import train  # noqa: E402
 
 LOOKS = ("toy-dev", "toy-dev-2", "toy-dev-3", "toy-dev-4")  # for choosing; no reported target is among them
 SEEDS, NEW_SEEDS = (0, 1), (5, 6, 7, 8, 9)
 METHODS = {"erm": "--method erm", **{name: ROWS[name][1] for name in ("vote", "otp", "no-reweight", "only-reweight", "full")}}
 GRID = {"--lr": (1e-3, 2e-3, 3e-3, 5e-3), "--lr-clip": (0.01, 0.03, 0.1, 0.3), "--freeze": (0, 1, 2, 3, 4, 5),
         "--balance": (0.0, 0.5, 1.0), "--steps": (400, 800), "--text-weight": (0.3, 0.5, 0.7)}
+BASELINES = ("erm", "vote")  # without any of the paper's ideas
+CLIPS = (1, 2)  # seeds of the two other miniature CLIPs, made by toy_clip.py; toy_clip.pt is that of seed 0
 DRAW = random.Random(0)
 SETTINGS = [{flag: DRAW.choice(values) for flag, values in GRID.items()} for _ in range(16)]
 
@@ -33,7 +42,27 @@ def flags(method, number):
 
 def search_jobs(seeds=SEEDS):
     """(row, seed, flags), seeds and settings first, so that a search that is cut off has tried the same for all methods."""
-    return [(f"{method}-{number}", seed, flags(method, number)) for seed in seeds for number in range(len(SETTINGS)) for method in METHODS]
+    drawn = [(f"{method}-{n}", seed, flags(method, n)) for seed in seeds for n in range(len(SETTINGS)) for method in METHODS]
+    return drawn + [(f"{method}-recipe", seed, METHODS[method]) for seed in seeds for method in METHODS]
+
+
+def clip_jobs(best):
+    """(row, seed, flags) of the headline rows with other CLIPs; a CLIP that is not there is made."""
+    jobs = []
+    for number in CLIPS:
+        file = HERE.parent / "runs" / f"clip-{number}.pt"
+        if not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            make = ["toy_clip.py", "--train", "--seed", str(number), "--out", str(file)]
+            subprocess.run([sys.executable, *make], cwd=HERE.parent, check=True)
+        jobs += [(f"{method}-clip{number}", seed, f"{flags(method, best[method][0])} --clip {file}")
+                 for seed in NEW_SEEDS for method in headline(best)]
+    return jobs
+
+
+def headline(best):
+    """The full method, and the baseline that the search found best."""
+    return "full", max(BASELINES, key=lambda method: best[method][1])
 
 
 def scores(lines, seeds=SEEDS):
@@ -58,6 +87,12 @@ def search_table(lines):
         means = [f"{by_method[m][n]:.1f}" for m in METHODS]
         means = [f"**{mean}**" if m in best and best[m][0] == n else mean for m, mean in zip(METHODS, means)]
         table.append(f"| {n} | {' | '.join(str(SETTINGS[n][flag]) for flag in GRID)} | {' | '.join(means)} |")
+    recipe = [ablate.column(lines, f"{method}-recipe") for method in METHODS]
+    if all(set(seeds) <= set(own) for own in recipe):
+        means = [f"{statistics.mean(own[seed] for seed in seeds):.1f}" for own in recipe]
+        own = train.configure({})
+        values = (str(getattr(own, flag[2:].replace("-", "_"))) for flag in GRID)
+        table.append(f"| recipe | {' | '.join(values)} | {' | '.join(means)} |")
     return table
 
 
@@ -69,22 +104,30 @@ def final_table(lines, best):
         ahead = ablate.paired(ablate.column(lines, "full"), ablate.column(lines, method)) if method != "full" else None
         gain = f"{ahead[1]:+.2f} | {ahead[1] - ahead[2]:+.2f} to {ahead[1] + ahead[2]:+.2f}" if ahead else " | "
         table.append(f"| {ROWS[method][0]} | {number} | {score:.1f} | {mean} | {source} | {gain} |")
+    full, rival = headline(best)
+    for number in CLIPS:
+        ours, theirs = (ablate.column(lines, f"{method}-clip{number}") for method in (full, rival))
+        if ahead := ablate.paired(ours, theirs):
+            table.append(f"| {ROWS[rival][0]}, with CLIP {number} | {best[rival][0]} | | {ablate.spread(list(theirs.values()))} | "
+                         f"| {ahead[1]:+.2f} | {ahead[1] - ahead[2]:+.2f} to {ahead[1] + ahead[2]:+.2f} |")
     return table
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--final", action="store_true", help="the targets, once")
+    parser.add_argument("--clips", action="store_true", help="the headline rows with two other CLIPs")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="of the search")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--table", action="store_true", help="train nothing")
     args = parser.parse_args()
     failed, search, fight = 0, HERE / "search.csv", HERE / "fight.csv"
-    if args.final:
+    if args.final or args.clips:
         if len(scores(ablate.read(search))["full"]) < len(SETTINGS):
             sys.exit("The search is not complete: run python results/fight.py first.")
         best = chosen(ablate.read(search))
-        jobs = [(method, seed, flags(method, best[method][0])) for seed in NEW_SEEDS for method in METHODS]
+        final = [(method, seed, flags(method, best[method][0])) for seed in NEW_SEEDS for method in METHODS]
+        jobs = final if args.final else clip_jobs(best)
         failed = ablate.train(jobs, fight, TARGETS, args.jobs, "fight")
     elif not args.table:
         failed = ablate.train(search_jobs(args.seeds), search, LOOKS, args.jobs, "search")
