@@ -21,14 +21,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "results/README.md", "results/toy.md", "results/earlier.md", "exercises.md", "theory.md")
 NAMES = {"RUN": "runs/ppar-gta5-seed0", "HOST": "localhost"}
-NOT_HERE = {"--check mine": "needs the answer to exercise 8: tests/exercises/test_tutorial.py writes one and checks it"}
+NOT_HERE = {"--check mine": "needs the answer to exercise 8: tests/exercises/test_tutorial.py has one and checks it",
+            "pytest tests/exercises": "fails until the exercise is solved: tests/exercises/test_tutorial.py proves both",
+            "git checkout": "would hide what has drifted"}
 AS_WELL = tuple(f"python train.py {flags} --steps 100 --no-figures" for flags in ("--freeze 5", "--method erm"))  # "and the same with"
 TOLERANCE = 0.3  # points of IoU, between machines: CPUs round in different ways
 
 
 def commands(name):
     """[shell text] of a document: its blocks of shell, and the commands in its sentences, in their order."""
-    found = re.findall(r"```bash\n(.*?)```|`((?:python|torchrun) [^`\n]+)`", (ROOT / name).read_text(encoding="utf-8"), re.S)
+    words = r"```bash\n(.*?)```|`((?:python|torchrun|pytest|cp|git) [^`\n]+)`"
+    found = re.findall(words, (ROOT / name).read_text(encoding="utf-8"), re.S)
     return [block or line for block, line in found]
 
 
@@ -45,8 +48,8 @@ def stand_in(words):
         elif "--out" in words:  # the run of another command under another name
             words += ["--steps", "20"]
         if "--out" not in words and Path("runs/{method}-{source}-seed{seed}".format(**flag)).exists():
-            words += ["--out", "runs/" + "-".join(given)]  # the commands of a page are alternatives
-    if script == "-m":  # .ci/run runs the suite
+            words += ["--out", "runs/" + ("-".join(given) or "again")]  # the commands of a page are alternatives
+    if script == "-m":  # the suite itself is what .ci/run runs
         words += ["--collect-only"]
     if script in ("results/ablate.py", "results/fight.py", "results/bound_table.py"):  # hours: only what is done with their runs
         words = [script, "--table"]
@@ -113,12 +116,14 @@ def said_and_measured(runs, printed):
     free, bare, frozen, unbalanced = (runs / f"{flags}-100---no-figures" for flags in (
         "--freeze-0---steps", "--method-erm---steps", "--freeze-5---steps", "--balance-0---steps"))
     block = re.search(r"```\n(IoU in %.*?)```", text["README.md"], re.S)[1].strip().split("\n")
-    found = [("README.md, what python train.py prints", numbers(line), numbers(match[0]))
-             for line in block[1:] for match in [re.search(rf"^{re.escape(line[:12])}.*", printed, re.M)] if match]
-    cheap = re.search(r"reaches ([\d.]+) instead\s+of ([\d.]+).*?baseline ([\d.]+) instead of ([\d.]+)", text["results/README.md"], re.S)
+    today = (re.search(rf"^{re.escape(line[:12])}.*", printed, re.M) for line in block[1:])
+    found = [("README.md, what python train.py prints", numbers(line), numbers(match[0]) if match else [])
+             for line, match in zip(block[1:], today)]
+    number = r"(\d+\.\d+)"
+    three, two = f"{number}, {number} and {number}", rf"{number} instead\s+of {number}"
+    cheap = re.search(rf"reaches {two}.*?baseline {two}", text["results/README.md"], re.S)
     found.append(("results/README.md, the cheap path", [*map(float, cheap.groups())],
                   means(short) + means(full) + means(bare) + means(erm)))
-    three = r"([\d.]+), ([\d.]+) and ([\d.]+)"
     order = re.search(rf"`--freeze 0`, 3 and 5 gave {three},", text["results/README.md"])
     found.append(("results/README.md, --freeze", [*map(float, order.groups())], means(free) + means(short) + means(frozen)))
     thin = re.search(rf"they were {three} without balance, and {three} with", text["exercises.md"])
@@ -142,7 +147,7 @@ def main():
                 continue
             done.add(shell)
             print("+", shell.strip(), flush=True)
-            ran = subprocess.run(["bash", "-c", shell], cwd=clone, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            ran = subprocess.run(["bash", "-e", "-c", shell], cwd=clone, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                  text=True, errors="replace", check=False)
             printed += ran.stdout
             failed = clone / "failed.txt"
@@ -152,6 +157,7 @@ def main():
         changed = subprocess.run(["git", "diff", "--stat", "--", "*.md"], cwd=clone, capture_output=True, text=True, check=True).stdout
         if changed:
             wrong.append(f"drifted: the commands write other tables than those that are committed:\n{changed}")
+        print("\n".join(wrong), flush=True)
         if set(args.only) == set(DOCUMENTS):
             for where, said, now in said_and_measured(clone / "runs", printed):
                 print(where, said, [round(x, 2) for x in now])

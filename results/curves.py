@@ -6,15 +6,15 @@
 
 steps      length of the run: who forgets what CLIP knew?
 harmful    share of source scenes with wrong labels: who is hurt? The oracle is the full method without weights, whose wrong
-           labels are void: no weights can do better
+           labels are void: what weights would bring that find exactly these
 lr-clip    factor on CLIP's learning rate: who depends on it?
 scenes     source scenes to train on: who needs many?
 
-All else is train.py's recipe. Shown: mean over seeds, and the range from the lowest to the highest. Two trials, which won nothing
-and are in no other file, have five seeds and a table instead:
+All else is train.py's recipe. Shown: mean over two seeds, and the range between them. Two trials, which are in no other file,
+have five seeds and a table instead:
 
-pixelwise  Eq. 4 with a turn for each cell: the easier half walks to the VTP first, by the frozen CLIP's loss to the label
-centred    prototypes without what all classes share: norm(otp - mean over classes)
+pixelwise  Eq. 4 with a turn for each cell: it starts at half its rank by the loss that CLIP, as it came, has to its label
+centred    norm(otp - mean over classes). As a softmax does not see the mean, the classes get temperatures of their own
 """
 
 import argparse
@@ -22,6 +22,7 @@ import itertools
 import statistics
 import sys
 
+import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
@@ -39,7 +40,7 @@ import prototypes  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
 
-CURVES = {"steps": (50, 100, 200, 400, 800), "harmful": (0, 0.1, 0.3, 0.5), "lr-clip": (0.01, 0.03, 0.1, 0.3),
+CURVES = {"harmful": (0, 0.1, 0.3, 0.5), "steps": (50, 100, 200, 400, 800), "lr-clip": (0.01, 0.03, 0.1, 0.3),
           "scenes": (50, 100, 200, 400)}
 RECIPE = {"steps": 400, "harmful": 0.1, "lr-clip": 0.03, "scenes": 400}  # train.py's: those runs are in results/toy.csv
 SEEDS = (0, 1)
@@ -49,13 +50,13 @@ TRIALS = {"pixelwise": "full, each cell in its own turn", "centred": "full, cent
 
 def jobs():
     """(row, seed, flags), a curve after the other. What has train.py's recipe is in results/toy.csv."""
-    found = [(trial, seed, f"train --{trial}") for trial in TRIALS for seed in ablate.SEEDS]
+    found = []
     for axis, values in CURVES.items():
         methods = {**METHODS, **({ORACLE: f"--oracle {METHODS['no-reweight']}"} if axis == "harmful" else {})}
         for value, seed in itertools.product(values, SEEDS):
             found += [(row(method, axis, value), seed, f"train {flags} --{axis} {value}") for method, flags in methods.items()
                       if method == ORACLE and value or method != ORACLE and value != RECIPE[axis]]
-    return found
+    return found + [(trial, seed, f"train --{trial}") for trial in TRIALS for seed in ablate.SEEDS]
 
 
 def row(method, axis, value):
@@ -69,7 +70,8 @@ def draw(lines):
         fig = Figure((7, 4.5), layout="constrained")
         ax = fig.subplots()
         for method in (*METHODS, ORACLE):
-            points = [(k, list(ablate.column(lines, row(method, axis, value)).values())) for k, value in enumerate(values)]
+            points = [(k, [score for seed, score in ablate.column(lines, row(method, axis, value)).items() if seed in SEEDS])
+                      for k, value in enumerate(values)]
             points = [(k, scores) for k, scores in points if scores]
             if not points:
                 continue
@@ -90,7 +92,7 @@ def trials(lines):
         if ahead := ablate.paired(ablate.column(lines, "full"), own):
             interval = f"{ahead[1] - ahead[2]:+.2f} to {ahead[1] + ahead[2]:+.2f}"
             table.append(f"| {name} | {ablate.spread(list(own.values()))} | {ahead[1]:+.2f} | {interval} |")
-    return "\n".join([*table, "", f"Made by `python results/curves.py` with {len(ablate.SEEDS)} seeds, on the targets."])
+    return "\n".join([*table, "", "Made by `python results/curves.py`, five seeds, on the targets."]) if table[2:] else "No run yet."
 
 
 def pixelwise():
@@ -102,8 +104,9 @@ def pixelwise():
             return alignment_map(emb, grid, goal, tau)
         otp, vtp, lam = goal
         witness = F.interpolate(seen["clip"], size=grid.shape[1:], mode="bilinear", align_corners=False)
-        hard = alignment_map(witness, grid, otp, tau).flatten().argsort().argsort().view(grid.shape) / grid.numel()  # 0 easiest .. 1
-        lam = 1 - (2 * (1 - lam) - hard).clamp(0, 1)[:, None]  # (B, 1, h, w)
+        loss = alignment_map(witness, grid, otp, tau).where(grid != data.VOID, torch.inf)
+        rank = loss.flatten().argsort().argsort().view(grid.shape) / (grid != data.VOID).sum()  # 0 easiest .. 1 hardest
+        lam = 1 - (2 * (1 - lam) - rank).clamp(0, 1)[:, None]  # (B, 1, h, w)
         length = (1 - lam * (1 - lam) * (vtp - otp).square().sum(dim=2)[:, :, None, None]).sqrt()  # (B, K, h, w)
         to_vtp, to_otp = (align.cosine_similarity_map(emb, points) for points in (vtp, otp))
         return F.cross_entropy(((1 - lam) * to_vtp + lam * to_otp) / length / tau, grid, ignore_index=data.VOID, reduction="none")

@@ -1,4 +1,4 @@
-"""fight.py: the fair fight. Every method gets the same settings to choose from, and meets the targets once, with new seeds.
+"""fight.py: the fair fight. Every method gets the same settings to choose from, and meets the targets with new seeds.
 
     python results/fight.py              search: 16 settings x 6 methods x 2 seeds, judged on development looks (search.csv)
     python results/fight.py --final      then each method at its own best setting, with five new seeds, on the targets (fight.csv)
@@ -55,7 +55,7 @@ def clip_jobs(best):
             file.parent.mkdir(exist_ok=True)
             make = ["toy_clip.py", "--train", "--seed", str(number), "--out", str(file)]
             subprocess.run([sys.executable, *make], cwd=HERE.parent, check=True)
-        jobs += [(f"{method}-clip{number}", seed, f"{flags(method, best[method][0])} --clip {file}")
+        jobs += [(f"{method}-{best[method][0]}-clip{number}", seed, f"{flags(method, best[method][0])} --clip {file}")
                  for seed in NEW_SEEDS for method in headline(best)]
     return jobs
 
@@ -78,11 +78,13 @@ def chosen(lines):
 
 
 def search_table(lines):
-    """Markdown: one line a setting, one column a method; the best of each method in bold once there is one."""
-    seeds = SEEDS if scores(lines)["full"] else SEEDS[:1]
-    table = [f"Made by `python results/fight.py`: mean over the four looks, {len(seeds)} seed(s).", "",
+    """Markdown: one line a setting, one column a method; the best of each method in bold, once both seeds of all settings are there."""
+    whole = len(scores(lines)["full"]) == len(SETTINGS)
+    seeds, best = (SEEDS, chosen(lines)) if whole else (SEEDS[:1], {})
+    commits = ", ".join(sorted({line["commit"] for line in lines}))
+    table = [f"Made by `python results/fight.py`: mean over the four development domains, {len(seeds)} seed(s), commit {commits}.", "",
              f"| | {' | '.join(f'`{flag}`' for flag in GRID)} | {' | '.join(METHODS)} |", "|---" * (len(METHODS) + len(GRID) + 1) + "|"]
-    by_method, best = scores(lines, seeds), chosen(lines)
+    by_method = scores(lines, seeds)
     for n in by_method["full"]:
         means = [f"{by_method[m][n]:.1f}" for m in METHODS]
         means = [f"**{mean}**" if m in best and best[m][0] == n else mean for m, mean in zip(METHODS, means)]
@@ -92,41 +94,52 @@ def search_table(lines):
         means = [f"{statistics.mean(own[seed] for seed in seeds):.1f}" for own in recipe]
         own = train.configure({})
         values = (str(getattr(own, flag[2:].replace("-", "_"))) for flag in GRID)
-        table.append(f"| recipe | {' | '.join(values)} | {' | '.join(means)} |")
+        table += [f"| recipe | {' | '.join(values)} | {' | '.join(means)} |", "",
+                  "`recipe` is train.py's own, chosen by hand with the full method in view; no method may choose it."]
     return table
 
 
 def final_table(lines, best):
-    """Markdown: the methods at their own settings on the targets, and full minus each of the others at equal seed."""
-    table = ["| method | setting | on looks | unseen | held-out source | full minus it | 95 % interval |", "|---|---|---|---|---|---|---|"]
-    for method, (number, score) in best.items():
-        mean, source = (ablate.spread(list(ablate.column(lines, method, key).values())) for key in ("unseen", "toy-gta5"))
-        ahead = ablate.paired(ablate.column(lines, "full"), ablate.column(lines, method)) if method != "full" else None
+    """Markdown: the methods at their own settings on the targets, full minus each of the others at equal seed, and the verdict."""
+    commits = ", ".join(sorted({line["commit"] for line in lines}))
+    table = [f"Made by `python results/fight.py --final`, commit {commits}: the targets, seeds {NEW_SEEDS[0]} to {NEW_SEEDS[-1]}.", "",
+             "| method | setting | n | development | unseen | held-out source | full minus it | 95 % interval |", "|---" * 8 + "|"]
+    (full, baseline), said = headline(best), []
+    rival = max((method for method in best if method != full), key=lambda method: best[method][1])
+    for method, clip in [*((method, "") for method in best), *((baseline, f"-clip{number}") for number in CLIPS)]:
+        number, score = best[method]
+        unseen, source, ours = (ablate.column(lines, f"{name}-{best[name][0]}{clip}", key)
+                                for name, key in ((method, "unseen"), (method, "toy-gta5"), (full, "unseen")))
+        if not unseen:
+            continue
+        ahead, name = ablate.paired(ours, unseen) if method != full else None, ROWS[method][0]
+        if clip:
+            name = f"{name}; both with CLIP {clip[-1]}, where full has {ablate.spread([*ours.values()])}"
         gain = f"{ahead[1]:+.2f} | {ahead[1] - ahead[2]:+.2f} to {ahead[1] + ahead[2]:+.2f}" if ahead else " | "
-        table.append(f"| {ROWS[method][0]} | {number} | {score:.1f} | {mean} | {source} | {gain} |")
-    full, rival = headline(best)
-    for number in CLIPS:
-        ours, theirs = (ablate.column(lines, f"{method}-clip{number}") for method in (full, rival))
-        if ahead := ablate.paired(ours, theirs):
-            table.append(f"| {ROWS[rival][0]}, with CLIP {number} | {best[rival][0]} | | {ablate.spread(list(theirs.values()))} | "
-                         f"| {ahead[1]:+.2f} | {ahead[1] - ahead[2]:+.2f} to {ahead[1] + ahead[2]:+.2f} |")
-    return table
+        table.append(f"| {name} | {number} | {len(unseen)} | {score:.1f} | {ablate.spread([*unseen.values()])} "
+                     f"| {ablate.spread([*source.values()])} | {gain} |")
+        if method == rival and not clip and ahead and ahead[0] == len(NEW_SEEDS):
+            verdict = "holds" if ahead[1] > ahead[2] else "is refuted" if ahead[1] < 0 else "is open"
+            reached = "reached" if ahead[1] >= 3 and ahead[1] > ahead[2] else "not reached"
+            said = [f"The best of the five others, by the search, is {ROWS[rival][0]}: the primary claim {verdict}; the aim of +3 is {reached}."]
+    return [*table, "", *said]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--final", action="store_true", help="the targets, once")
-    parser.add_argument("--clips", action="store_true", help="the headline rows with two other CLIPs")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--final", action="store_true", help="the targets")
+    what.add_argument("--clips", action="store_true", help="the headline rows with two other CLIPs")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="of the search")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--table", action="store_true", help="train nothing")
+    what.add_argument("--table", action="store_true", help="train nothing")
     args = parser.parse_args()
     failed, search, fight = 0, HERE / "search.csv", HERE / "fight.csv"
     if args.final or args.clips:
         if len(scores(ablate.read(search))["full"]) < len(SETTINGS):
             sys.exit("The search is not complete: run python results/fight.py first.")
         best = chosen(ablate.read(search))
-        final = [(method, seed, flags(method, best[method][0])) for seed in NEW_SEEDS for method in METHODS]
+        final = [(f"{method}-{best[method][0]}", seed, flags(method, best[method][0])) for seed in NEW_SEEDS for method in METHODS]
         jobs = final if args.final else clip_jobs(best)
         failed = ablate.train(jobs, fight, TARGETS, args.jobs, "fight")
     elif not args.table:
