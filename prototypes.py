@@ -51,7 +51,7 @@ def original_text_prototypes(clip_model, class_names, templates=TEMPLATES):
     rows = []
     for name in class_names:
         tokens = tokenize([template.format(name) for template in templates], context_length=clip_model.context_length)
-        text = clip_model.encode_text(tokens.to(device)).float()  # (P, D)
+        text = clip_model.encode_text(tokens.to(device)).float()  # (J, D)
         rows.append(F.normalize(text, dim=1).mean(dim=0))
     return F.normalize(torch.stack(rows), dim=1)
 

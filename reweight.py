@@ -1,4 +1,4 @@
-"""reweight.py: a source label loses its weight where it is doubted, and with it most of the labels around it.
+"""reweight.py: a source pixel loses its weight where its own label and most labels around it are doubted.
 
 Not every source pixel teaches something that holds elsewhere. Some are labelled wrongly, some show what occurs in the source alone,
 and fitting them hard is negative transfer. A second opinion tells who they are: the decoder's, and that of CLIP as it came.

@@ -48,7 +48,7 @@ class Config:
     targets: tuple[str, ...] = option(None, "unseen data sets to evaluate on after the last step")
     data_root: str = option("data", "folder that holds one folder per data set")
     mapillary: str = option("A", "which 66-to-19 mapping Mapillary labels are read with", choices=("A", "B"))
-    holdout: int = option(0, "pairs withheld from each source that has no validation split, to be one", AT_LEAST_0)
+    holdout: int = option(0, "pairs withheld from each data set that has no validation split, to be one", AT_LEAST_0)
     harmful: float = option(None, "share of drawn source scenes with wrong regions (toy sources only)", SHARE)
     # the method
     method: str = option("ppar", "ppar, or erm: L_seg with w = 1 alone, the baseline", choices=("ppar", "erm"))

@@ -121,7 +121,7 @@ def final_table(lines, best):
         if method == rival and not clip and ahead and ahead[0] == len(NEW_SEEDS):
             verdict = "holds" if ahead[1] > ahead[2] else "is refuted" if ahead[1] < 0 else "is open"
             reached = "reached" if ahead[1] >= 3 and ahead[1] > ahead[2] else "not reached"
-            said = [f"The best of the five others, by the search, is {ROWS[rival][0]}: the primary claim {verdict}; the aim of +3 is {reached}."]
+            said = [f"Best of the five others, by the search: {ROWS[rival][0]}. The primary claim {verdict}; the aim of +3 is {reached}."]
     return [*table, "", *said]
 
 

@@ -88,7 +88,7 @@ def strip(path, run, baseline, domain="toy-snow", index=5):
 
 
 def method(path, run, index=3, least=6):
-    """Cells, prototypes and paths of the classes that at least `least` cells of a spoilt source scene are labelled with."""
+    """Cells, prototypes and paths of the classes that at least `least` cells of a harmful source scene are labelled with."""
     image, label, _ = toy.draw("toy-gta5", "train", index, harmful=1.0)
     out, padded, grid = ppar.look(run.ppar, data.to_tensor(image), label)
     otp, vtp = run.ppar.otp, out.vtp[0]
