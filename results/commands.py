@@ -23,6 +23,7 @@ DOCUMENTS = ("README.md", "results/README.md", "results/toy.md", "results/earlie
 NAMES = {"RUN": "runs/ppar-gta5-seed0", "HOST": "localhost"}
 NOT_HERE = {"--check mine": "needs the answer to exercise 8: tests/exercises/test_tutorial.py has one and checks it",
             "pytest tests/exercises": "fails until the exercise is solved: tests/exercises/test_tutorial.py proves both",
+            "runs/ablation/": "needs the runs of results/ablate.py, hours",
             "git checkout": "would hide what has drifted"}
 AS_WELL = tuple(f"python train.py {flags} --steps 100 --no-figures" for flags in ("--freeze 5", "--method erm"))  # "and the same with"
 TOLERANCE = 0.3  # points of IoU, between machines: CPUs round in different ways
