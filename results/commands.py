@@ -23,7 +23,7 @@ DOCUMENTS = ("README.md", "results/README.md", "results/toy.md", "results/earlie
 NAMES = {"RUN": "runs/ppar-gta5-seed0", "HOST": "localhost"}
 NOT_HERE = {"--check mine": "needs the answer to exercise 8: tests/exercises/test_tutorial.py has one and checks it",
             "pytest tests/exercises": "fails until the exercise is solved: tests/exercises/test_tutorial.py proves both",
-            "runs/ablation/": "needs the runs of results/ablate.py, hours",
+            "results/commands.py": "this script", "runs/ablation/": "needs the runs of results/ablate.py, hours",
             "git checkout": "would hide what has drifted"}
 AS_WELL = tuple(f"python train.py {flags} --steps 100 --no-figures" for flags in ("--freeze 5", "--method erm"))  # "and the same with"
 TOLERANCE = 0.3  # points of IoU, between machines: CPUs round in different ways
@@ -122,6 +122,8 @@ def said_and_measured(runs, printed):
              for line, match in zip(block[1:], today)]
     number = r"(\d+\.\d+)"
     three, two = f"{number}, {number} and {number}", rf"{number} instead\s+of {number}"
+    walk = re.search(rf"{number} % of the harmful pixels lose their weight, and {number} %", text["results/README.md"])
+    found.append(("results/README.md, the walk", [*map(float, walk.groups())], found[-1][2]))
     cheap = re.search(rf"reaches {two}.*?baseline {two}", text["results/README.md"], re.S)
     found.append(("results/README.md, the cheap path", [*map(float, cheap.groups())],
                   means(short) + means(full) + means(bare) + means(erm)))
