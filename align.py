@@ -1,8 +1,8 @@
 """align.py: pull every pixel towards the prototype of its class, along a path from one goal to another.
 
-Cross-entropy on a classifier's logits only asks that the right class wins on the source. Where in CLIP's space the pixels end up is
-left to the source's accidents. Alignment fixes the place: the prototypes p_1 .. p_K came from language, and each pixel has to be
-closer to the one of its own class than to any other. Pixels of an unseen domain that end near the same points land on the same side.
+Cross-entropy on logits only asks that the right class wins on the source; where in CLIP's space a pixel ends up is left
+to accident. Alignment fixes the place: the prototypes p_1 .. p_K came from language, and a pixel has to be closer to its
+own class's than to any other. Pixels of an unseen domain that end near the same points land on the same side.
 
 There are two goals. The Original Text Prototype (OTP) is the same for every image. The Visual Text Prototype (VTP) is
 the OTP moved towards what this image shows. The goal walks from one to the other while training goes on.

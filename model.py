@@ -1,8 +1,8 @@
 """model.py: CLIP's image tower turned into a dense encoder, with a light decoder on top.
 
-CLIP answers one question per image: which text fits? Its last layer pools all positions into one vector, and where things are is lost.
-Segmentation asks the question at every pixel. So the last projection is applied to every position instead of to the pooled one, and
-each pixel gets a vector in the space in which CLIP's text lives. This is where alignment (align.py) starts.
+CLIP answers one question per image: which text fits? Its last layer pools all positions into one vector, and where
+things are is lost. Segmentation asks at every pixel. So the last projection is applied at every position, and each pixel
+gets a vector in the space in which CLIP's text lives. This is where alignment (align.py) starts.
 
     ResNet     z = c_proj(v_proj(f)) at every position of the last feature map f: the value path of CLIP's attention pool,
                which is what the pool returns if it attends to that position alone (without its position code)

@@ -1,11 +1,11 @@
 """reweight.py: a source pixel loses its weight where its own label and most labels around it are doubted.
 
-Not every source pixel teaches something that holds elsewhere. Some are labelled wrongly, some show what occurs in the source alone,
-and fitting them hard is negative transfer. A second opinion tells who they are: the decoder's, and that of CLIP as it came.
+Not every source pixel teaches what holds elsewhere. Some are labelled wrongly, some show what the source alone has, and
+fitting them hard is negative transfer. A second opinion tells who they are: the decoder's, and that of CLIP as it came.
 
-A label that is doubted is not yet a wrong one. Thin poles, borders and rare classes are doubted, too, and from them the labels teach
-most. But they are doubted pixel by pixel, amid surroundings that are believed, where wrong labels come in regions: whole polygons,
-objects, frames. So a pixel loses its weight where its place is doubted with it.
+A label that is doubted is not yet wrong. Thin poles, borders and rare classes are doubted, too, and teach most. But they
+are doubted pixel by pixel, amid surroundings that are believed; wrong labels come in regions: polygons, objects, frames.
+So a pixel loses its weight where its place is doubted with it.
 
     Eq. 5   omega_i = q_i[y_i] / max_c q_i[c]                          reliability, in [0, 1]: 1 where the label is foremost
             Omega_i = mean of omega over the labelled pixels around i  reliability of the place
