@@ -1,15 +1,13 @@
 """commands.py: every command of every document, run in a fresh clone, and what it prints held against what the document says.
 
-    python results/commands.py                     half an hour on two cores; exit status 1 if anything failed or has drifted
-    python results/commands.py --only README.md    the commands of one document
+    python results/commands.py          half an hour on two cores; exit status 1 if anything failed or has drifted
 
 Blocks of shell run as they stand, with their loops, in the order of the documents. Neither the released data sets nor CLIP by
 name nor a second machine is at hand here, and nobody waits for hours. So a `python` and a `torchrun` of our own stand first in
 PATH and change the words that `stand_in` names; all else of a command is as printed. Not run: what NOT_HERE names, with
-the test that runs it in its place. The commands of the headers of modules are in `tests/test_documents.py`.
+its reason. `tests/test_documents.py` parses the commands in the headers of modules, and runs the demonstrations.
 """
 
-import argparse
 import json
 import os
 import re
@@ -137,15 +135,17 @@ def said_and_measured(runs, printed):
 def main():
     if sys.argv[1:2] == ["--instead"]:
         return sys.exit(instead(sys.argv[2], sys.argv[3:]))
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--only", nargs="+", default=DOCUMENTS, choices=DOCUMENTS, help="the commands of these documents")
-    args = parser.parse_args()
-    wrong = []
+    wrong = 0
+
+    def say(sentence):  # at once: what comes later may depend on it
+        nonlocal wrong
+        wrong += 1
+        print(sentence, flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         clone, printed, done = Path(scratch) / "clone", "", set()
         subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
         environment = prepare(clone)
-        for shell in [*(shell for name in args.only for shell in commands(name)), *AS_WELL]:
+        for shell in [*(shell for name in DOCUMENTS for shell in commands(name)), *AS_WELL]:
             if shell in done or any(part in shell for part in NOT_HERE):
                 continue
             done.add(shell)
@@ -155,19 +155,16 @@ def main():
             printed += ran.stdout
             failed = clone / "failed.txt"
             if ran.returncode or failed.exists():
-                wrong.append(f"failed: {shell.strip()}\n{failed.read_text() if failed.exists() else ''}{ran.stdout[-1500:]}")
+                say(f"failed: {shell.strip()}\n{failed.read_text() if failed.exists() else ''}{ran.stdout[-1500:]}")
                 failed.unlink(missing_ok=True)
         changed = subprocess.run(["git", "diff", "--stat", "--", "*.md"], cwd=clone, capture_output=True, text=True, check=True).stdout
         if changed:
-            wrong.append(f"drifted: the commands write other tables than those that are committed:\n{changed}")
-        print("\n".join(wrong), flush=True)
-        if set(args.only) == set(DOCUMENTS):
-            for where, said, now in said_and_measured(clone / "runs", printed):
-                print(where, said, [round(x, 2) for x in now])
-                if len(said) != len(now) or max(abs(a - b) for a, b in zip(said, now)) > TOLERANCE:
-                    wrong.append(f"drifted: {where}: {said}, today {now}")
-    print("\n".join(wrong) or "All commands ended well, and what they print is what the documents say.")
-    sys.exit(bool(wrong))
+            say(f"drifted: the commands write other tables than those that are committed:\n{changed}")
+        for where, said, now in said_and_measured(clone / "runs", printed):
+            print(where, said, [round(x, 2) for x in now])
+            if len(said) != len(now) or max(abs(a - b) for a, b in zip(said, now)) > TOLERANCE:
+                say(f"drifted: {where}")
+    sys.exit(f"{wrong} faults, told above." if wrong else None)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def final_table(lines, best):
         number, score = best[method]
         unseen, source, ours = (ablate.column(lines, f"{name}-{best[name][0]}{clip}", key)
                                 for name, key in ((method, "unseen"), (method, "toy-gta5"), (full, "unseen")))
-        if not unseen:
+        if not unseen or not ours:
             continue
         ahead, name = ablate.paired(ours, unseen) if method != full else None, ROWS[method][0]
         if clip:

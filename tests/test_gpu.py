@@ -139,6 +139,9 @@ def test_the_table_over_runs_has_mean_and_spread_for_each_kind_and_the_differenc
     names = ("erm-gta5", "ppar-gta5", "ppar-gta5 - erm-gta5")
     lines = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
     assert lines[:-1] == [["run", "n", "bdd", "mean"], *([name, "3", cell, cell] for name, cell in zip(names, cells))]
+    spread.main([*folders, "--classes"])
+    roads = [5000 / (50 + np.array(row)) for row in ((40, 30, 20), (40, 10, 0))]
+    assert re.split(r"\s{2,}", capsys.readouterr().out.splitlines()[2])[1:3] == [f"{r.mean():.1f} ± {r.std(ddof=1):.1f}" for r in roads]
     written(Path(folders[4]), dict(bdd=conf), mapillary="B")
     for words in (folders, [*folders[:2], str(tmp_path)], [*folders, "--file", "results-flip.json"]):
         with pytest.raises(SystemExit, match="^error: .*(another way|has no results)"):
