@@ -364,14 +364,14 @@ def continue_run(given):
 
 
 def closing_words(config, results):
-    """For the drawn world, the committed baseline that votes; for every run, the next command to try."""
-    committed = Path(__file__).resolve().parent / "results" / "toy.csv"
+    """For the drawn world, its tuned rivals; for every run, the next command to try."""
+    committed = Path(__file__).resolve().parent / "results" / "fight.csv"
     recipe = [[getattr(c, name) for name in ("source", "harmful", "clip", "steps", "batch", "freeze")] for c in (config, configure({}))]
     table = list(csv.DictReader(committed.read_text().splitlines())) if committed.is_file() and recipe[0] == recipe[1] else []
-    if rows := [row for row in table if row["row"] == "vote" and set(results["targets"]) <= set(row)]:
-        means = {name: sum(float(row[name]) for row in rows) / len(rows) for name in results["targets"]}
-        print(f"the baseline that votes (--align none --no-reweight, 400 steps; mean of {len(rows)} seeds, from results/toy.csv): "
-              + ", ".join(f"{name.removeprefix('toy-')} {mean:.1f}" for name, mean in means.items()))
+    for key, rival in (("vote-13", "the baseline that votes"), ("otp-10", "alignment to the OTP alone")):  # the two best, by the search
+        if rows := [row for row in table if row["row"] == key and set(results["targets"]) <= set(row)]:
+            means = [f"{name.removeprefix('toy-')} {sum(float(row[name]) for row in rows) / len(rows):.1f}" for name in results["targets"]]
+            print(f"{rival} at its best of 16 settings ({key} in results/fight.csv, mean of {len(rows)} seeds): {', '.join(means)}")
     print(f"next: every term of the theorem, `python bound.py {config.out}`; with a second run (such as the baseline: the same "
           f"flags, `--method erm --out OTHER`), both predictions, `python figures.py {config.out} --compare OTHER`")
 

@@ -267,8 +267,7 @@ def test_the_first_of_ten_windows_without_a_class_of_over_three_quarters_is_take
                 count = np.bincount(part[part != VOID], minlength=19)
                 shares.append(count.max() / count.sum() if count.any() else math.inf)  # no label: the worst
             best = next((k for k, share in enumerate(shares) if share <= 0.75), int(np.argmin(shares)))
-            view, patch = data.varied_view(Image.fromarray(classes), data.TABLES["train"], (50, 50), 1.0,
-                                           np.random.default_rng(n))
+            view, patch = data.varied_view(Image.fromarray(classes), data.TABLES["train"], (50, 50), 1.0, np.random.default_rng(n))
             assert view == views[best] and (np.asarray(patch) == parts[best]).all()
             taken.add(best)
         assert len(taken) >= least

@@ -364,10 +364,9 @@ def test_a_second_runs_scores_are_shown_beside_if_they_were_taken_in_the_same_wa
 def test_mistakes_of_the_user_end_in_one_sentence(run, tmp_path):
     for words, reason in (
         ((tmp_path / "nowhere",), "nowhere/last.pt does not exist"), ((run[0], "--targets", "kitti"), "kitti.*choose from.*cityscapes"),
-        ((run[0], "--targets", "acdc"), "acdc.*rgb_anon"),
-        ((run[0], "--data-root", tmp_path / "gone"), "gone"), ((run[0], "--device", "abacus"), "--device abacus"),
+        ((run[0], "--targets", "acdc"), "acdc.*rgb_anon"), ((run[0], "--data-root", tmp_path / "gone"), "gone"),
+        ((run[0], "--device", "abacus"), "--device abacus"), ((run[0], "--scale", "inf"), "--scale inf"),
         ((run[0], "--slide", 32, "--slide-stride", 64), "--slide-stride 64"), (("--flip",), "[Gg]ive the folder"),
-        ((run[0], "--scale", "inf"), "--scale inf"),
         ((run[0], "--workers", -1), "--workers -1"), ((run[0], "--holdout", -1), "--holdout -1"),
     ):
         message = refused(*words)

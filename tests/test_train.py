@@ -6,7 +6,6 @@ PPAR_LONG=1 in the environment.
 """
 
 import copy
-import csv
 import dataclasses
 import itertools
 import json
@@ -171,8 +170,7 @@ SPOILT = {  # a last.pt that this train.py cannot have written; files that nobod
     "unknown flag": lambda s: {**s, "config": {**s["config"], "nonsense": 1}},
     "impossible flag": lambda s: {**s, "config": {**s["config"], "tau": -1.0}},
     "no flags": lambda s: {**s, "config": [1]},
-    "step too large": lambda s: {**s, "step": 999},
-    "step no number": lambda s: {**s, "step": "four"},
+    "step too large": lambda s: {**s, "step": 999}, "step no number": lambda s: {**s, "step": "four"},
     "prototypes of another CLIP": lambda s: {**s, "otp": torch.zeros(19, 7)},
     "one prototype": lambda s: {**s, "otp": s["otp"][:1]},
     "optimiser of another network": lambda s: {**s, "optimizer": {"state": {}, "param_groups": []}},
@@ -515,14 +513,18 @@ def test_the_processes_of_one_machine_share_its_cores(processes, loaders, monkey
     assert runpy.run_path(train.__file__)["LOADERS"] == loaders
 
 
-def test_the_closing_words_show_the_committed_baseline_beside_a_run_of_its_own_recipe_alone(capsys):
-    rows = [row for row in csv.DictReader((ROOT / "results/toy.csv").read_text().splitlines()) if row["row"] == "vote"]
-    bdd, snow = (np.mean([float(row[name]) for row in rows]) for name in ("toy-bdd", "toy-snow"))
+def test_the_closing_words_show_the_best_rivals_by_the_search_beside_a_run_of_the_default_recipe_alone(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "results")
+    import fight
+    lines, best = fight.ablate.read(ROOT / "results/fight.csv"), fight.chosen(fight.ablate.read(ROOT / "results/search.csv"))
+    rivals = fight.headline(best)[1], max(best.keys() - {"full"}, key=lambda method: best[method][1])
     for flags, target, shown in (({}, "toy-snow", True), ({}, "toy-dev", False), (dict(steps=20), "toy-snow", False)):
         train.closing_words(train.configure(flags | dict(out="there")), dict(targets={"toy-bdd": 0, target: 0}))
         said = capsys.readouterr().out
-        assert (f"mean of {len(rows)} seeds, from results/toy.csv): bdd {bdd:.1f}, snow {snow:.1f}\n" in said) == shown == ("votes" in said)
-        assert "python bound.py there" in said and "python figures.py there --compare OTHER" in said
+        for row in (f"{method}-{best[method][0]}" for method in rivals):
+            bdd, snow = (np.mean([*fight.ablate.column(lines, row, name).values()]) for name in ("toy-bdd", "toy-snow"))
+            assert (f"({row} in results/fight.csv, mean of 5 seeds): bdd {bdd:.1f}, snow {snow:.1f}" in said) == shown
+        assert shown == ("settings" in said) and "python bound.py there" in said and "python figures.py there --compare OTHER" in said
 
 
 def test_erm_is_the_method_with_every_switch_off_and_nothing_else():
