@@ -19,7 +19,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -81,21 +80,24 @@ def run(name, seed, flags, targets, folder, script="train.py"):
 
 def train(jobs, file, targets, at_a_time, folder, script="train.py"):
     """Run [(row, seed, flags)] that the csv does not hold yet -> how many failed."""
-    done, lock, failed = {(line["row"], int(line["seed"])) for line in read(file)}, threading.Lock(), 0
+    done, failed = {(line["row"], int(line["seed"])) for line in read(file)}, 0
     with ThreadPoolExecutor(at_a_time) as pool:
         todo = [pool.submit(run, name, seed, flags, targets, folder, script) for name, seed, flags in jobs if (name, seed) not in done]
-        for future in as_completed(todo):
-            if future.exception():
-                failed += 1
-                print(future.exception(), flush=True)
-                continue
-            line = future.result()
-            with lock, open(file, "a", newline="", encoding="utf-8") as table:
-                writer = csv.DictWriter(table, line, lineterminator="\n")
-                if table.tell() == 0:
-                    writer.writeheader()
-                writer.writerow(line)
-            print(f"{line['row']:20s} seed {line['seed']}   unseen {line['unseen']}   {line['seconds']} s", flush=True)
+        try:
+            for future in as_completed(todo):
+                if future.exception():
+                    failed += 1
+                    print(future.exception(), flush=True)
+                    continue
+                line = future.result()
+                with open(file, "a", newline="", encoding="utf-8") as table:
+                    writer = csv.DictWriter(table, line, lineterminator="\n")
+                    if table.tell() == 0:
+                        writer.writeheader()
+                    writer.writerow(line)
+                print(f"{line['row']:20s} seed {line['seed']}   unseen {line['unseen']}   {line['seconds']} s", flush=True)
+        finally:  # Ctrl-C: the runs that have begun end, no other begins
+            pool.shutdown(cancel_futures=True)
     return failed
 
 

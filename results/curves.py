@@ -6,7 +6,7 @@
 
 steps      length of the run: who forgets what CLIP knew?
 harmful    share of source scenes with wrong labels: who is hurt? The oracle is the full method without weights, whose wrong
-           labels are void: what weights would bring that find exactly these
+           labels are void from the first step: what weights would bring that find exactly these
 lr-clip    factor on CLIP's learning rate: who depends on it?
 scenes     source scenes to train on: who needs many?
 
@@ -14,7 +14,8 @@ All else is train.py's recipe. Shown: mean over two seeds, and the range between
 have five seeds and a table instead:
 
 pixelwise  Eq. 4 with a turn for each cell: it starts at half its rank by the loss that CLIP, as it came, has to its label
-centred    norm(otp - mean over classes). As a softmax does not see the mean, the classes get temperatures of their own
+centred    norm(otp - mean over classes). A softmax does not see the mean; what changes is the length by which each class is
+           divided, so the differences between classes grow, as at a lower temperature
 """
 
 import argparse
@@ -67,36 +68,37 @@ def row(method, axis, value):
 def draw(lines):
     """One figure a curve: a line and a band a method."""
     for axis, values in CURVES.items():
+        places = values if axis == "harmful" else range(len(values))  # the other three double, or nearly
         fig = Figure((7, 4.5), layout="constrained")
         ax = fig.subplots()
         for method in (*METHODS, ORACLE):
-            points = [(k, [score for seed, score in ablate.column(lines, row(method, axis, value)).items() if seed in SEEDS])
-                      for k, value in enumerate(values)]
-            points = [(k, scores) for k, scores in points if scores]
+            points = [(place, [score for seed, score in ablate.column(lines, row(method, axis, value)).items() if seed in SEEDS])
+                      for place, value in zip(places, values)]
+            points = [(place, scores) for place, scores in points if len(scores) == len(SEEDS)]
             if not points:
                 continue
             at, scores = zip(*points)
             name = "wrong labels void (oracle)" if method == ORACLE else ROWS[method][0]
             line, = ax.plot(at, [statistics.mean(s) for s in scores], "o-", label=name, linewidth=3 if method == "full" else 1.5)
             ax.fill_between(at, [min(s) for s in scores], [max(s) for s in scores], color=line.get_color(), alpha=0.15, linewidth=0)
-        ax.set(xticks=range(len(values)), xticklabels=values, xlabel=axis, ylabel="unseen mIoU in %")
+        ax.set(xticks=places, xticklabels=values, xlabel=axis, ylabel="unseen mIoU in %")
         ax.legend(frameon=False, fontsize=8)
         checkpoint.write_atomically(HERE / f"curve-{axis}.png", lambda file, fig=fig: fig.savefig(file, dpi=110, format="png"))
 
 
 def trials(lines):
     """Markdown: the trials against the full method, at equal seed."""
-    table = ["| trial | unseen | full minus it | 95 % interval |", "|---|---|---|---|"]
+    table = ["| trial | n | unseen | full minus it | 95 % interval |", "|---|---|---|---|---|"]
     for trial, name in TRIALS.items():
         own = ablate.column(lines, trial)
         if ahead := ablate.paired(ablate.column(lines, "full"), own):
             interval = f"{ahead[1] - ahead[2]:+.2f} to {ahead[1] + ahead[2]:+.2f}"
-            table.append(f"| {name} | {ablate.spread(list(own.values()))} | {ahead[1]:+.2f} | {interval} |")
-    return "\n".join([*table, "", "Made by `python results/curves.py`, five seeds, on the targets."]) if table[2:] else "No run yet."
+            table.append(f"| {name} | {ahead[0]} | {ablate.spread(list(own.values()))} | {ahead[1]:+.2f} | {interval} |")
+    return "\n".join([*table, "", "Made by `python results/curves.py`: the targets, pairs of equal seed."]) if table[2:] else "No run yet."
 
 
 def pixelwise():
-    """Eq. 4 with a lambda for each cell. Cosines to a point of the arc are those to its ends, over the length of the chord's point."""
+    """Eq. 4 with a lambda for each cell: the cosine to the goal is the mean of those to its ends, over the length before norm."""
     objective, alignment_map, seen = ppar.objective, align.alignment_map, {}
 
     def in_turn(emb, grid, goal, tau):
@@ -105,7 +107,7 @@ def pixelwise():
         otp, vtp, lam = goal
         witness = F.interpolate(seen["clip"], size=grid.shape[1:], mode="bilinear", align_corners=False)
         loss = alignment_map(witness, grid, otp, tau).where(grid != data.VOID, torch.inf)
-        rank = loss.flatten().argsort().argsort().view(grid.shape) / (grid != data.VOID).sum()  # 0 easiest .. 1 hardest
+        rank = loss.flatten().argsort().argsort().view(grid.shape) / (grid != data.VOID).sum().clamp_min(1)  # 0 easiest .. 1 hardest
         lam = 1 - (2 * (1 - lam) - rank).clamp(0, 1)[:, None]  # (B, 1, h, w)
         length = (1 - lam * (1 - lam) * (vtp - otp).square().sum(dim=2)[:, :, None, None]).sqrt()  # (B, K, h, w)
         to_vtp, to_otp = (align.cosine_similarity_map(emb, points) for points in (vtp, otp))

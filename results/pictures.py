@@ -55,7 +55,7 @@ def noise_sentence(lines):
     reach = max(max(lead_of) - min(lead_of) for lead_of in leads.values()) / 2
     return (f"Over its seeds a row's unseen mean has a standard deviation of {spread[0]:.1f} to {spread[-1]:.1f} points. Of all pairs\n"
             f"of one run of `full` and one of another row with another seed, `full` is ahead in {pairs}.\n"
-            f"So one run of each shows a lead of {reach:.1f} points or more, and nothing smaller. At equal seed, where data and initial\n"
+            f"So one run of each cannot settle a lead below about {reach:.1f} points. At equal seed, where data and initial\n"
             f"weights are the same, a difference varies by {paired[0]:.2f} to {paired[-1]:.2f}: hence the claims are made on paired seeds.")
 
 
