@@ -1,7 +1,7 @@
 """curves.py: what the method is for. Unseen mIoU of every method over four things that a user may have more or less of.
 
     python results/curves.py             train what results/curves.csv does not hold yet, then draw results/curve-*.png
-    python results/curves.py --draw      draw them alone, and write the table of trials into results/README.md
+    python results/curves.py --draw      draw them alone, and write the tables of harm and trials into results/README.md
     python results/curves.py train [--scenes N] [--oracle] [--pixelwise] [--centred] FLAGS OF train.py      one run
 
 steps      length of the run: who forgets what CLIP knew?
@@ -44,6 +44,8 @@ import train  # noqa: E402
 CURVES = {"harmful": (0, 0.1, 0.3, 0.5), "steps": (50, 100, 200, 400, 800), "lr-clip": (0.01, 0.03, 0.1, 0.3),
           "scenes": (50, 100, 200, 400)}
 RECIPE = {"steps": 400, "harmful": 0.1, "lr-clip": 0.03, "scenes": 400}  # train.py's: those runs are in results/toy.csv
+NAMES = {"harmful": "share of source scenes with wrong labels", "steps": "training steps", "lr-clip": "factor on CLIP's learning rate",
+         "scenes": "source scenes"}
 SEEDS = (0, 1)
 ORACLE = "oracle"
 TRIALS = {"pixelwise": "full, each cell in its own turn", "centred": "full, centred prototypes"}
@@ -65,35 +67,54 @@ def row(method, axis, value):
     return method if value == RECIPE[axis] and method != ORACLE else f"{method}-{axis}-{value}"
 
 
+def point(lines, method, axis, value):
+    """Unseen mIoU of a method at a point of a curve, one for each seed, or none while one is missing."""
+    scores = [score for seed, score in ablate.column(lines, row(method, axis, value)).items() if seed in SEEDS]
+    return scores if len(scores) == len(SEEDS) else []
+
+
+def name(method):
+    return "wrong labels void (oracle)" if method == ORACLE else ROWS[method][0]
+
+
 def draw(lines):
     """One figure a curve: a line and a band a method."""
     for axis, values in CURVES.items():
         places = values if axis == "harmful" else range(len(values))  # the other three double, or nearly
-        fig = Figure((7, 4.5), layout="constrained")
+        fig = Figure((9, 4), layout="constrained")
         ax = fig.subplots()
         for method in (*METHODS, ORACLE):
-            points = [(place, [score for seed, score in ablate.column(lines, row(method, axis, value)).items() if seed in SEEDS])
-                      for place, value in zip(places, values)]
-            points = [(place, scores) for place, scores in points if len(scores) == len(SEEDS)]
+            points = [(place, scores) for place, value in zip(places, values) if (scores := point(lines, method, axis, value))]
             if not points:
                 continue
             at, scores = zip(*points)
-            name = "wrong labels void (oracle)" if method == ORACLE else ROWS[method][0]
-            line, = ax.plot(at, [statistics.mean(s) for s in scores], "o-", label=name, linewidth=3 if method == "full" else 1.5)
+            line, = ax.plot(at, [statistics.mean(s) for s in scores], "o-", label=name(method), linewidth=3 if method == "full" else 1.5)
             ax.fill_between(at, [min(s) for s in scores], [max(s) for s in scores], color=line.get_color(), alpha=0.15, linewidth=0)
-        ax.set(xticks=places, xticklabels=values, xlabel=axis, ylabel="unseen mIoU in %")
-        ax.legend(frameon=False, fontsize=8)
+        ax.set(xticks=places, xticklabels=values, xlabel=NAMES[axis], ylabel="unseen mIoU in %")
+        ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         checkpoint.write_atomically(HERE / f"curve-{axis}.png", lambda file, fig=fig: fig.savefig(file, dpi=110, format="png"))
+
+
+def harm(lines):
+    """Markdown: what wrong labels cost, one line a method."""
+    values = CURVES["harmful"]
+    table = [f"| | {' | '.join(f'{value:.0%}' for value in values)} | cost of {values[2]:.0%} |", "|---" * (len(values) + 2) + "|"]
+    for method in (*METHODS, ORACLE):
+        means = {value: statistics.mean(scores) for value in values if (scores := point(lines, method, "harmful", value))}
+        cells = [f"{means[value]:.2f}" if value in means else "-" for value in values]
+        cost = f"{means[0] - means[values[2]]:.2f}" if {0, values[2]} <= set(means) else "-"
+        table.append(f"| {name(method)} | {' | '.join(cells)} | {cost} |")
+    return "\n".join([*table, "", "Made by `python results/curves.py`: unseen mIoU in %, mean of two seeds."])
 
 
 def trials(lines):
     """Markdown: the trials against the full method, at equal seed."""
     table = ["| trial | n | unseen | full minus it | 95 % interval |", "|---|---|---|---|---|"]
-    for trial, name in TRIALS.items():
+    for trial, said in TRIALS.items():
         own = ablate.column(lines, trial)
         if ahead := ablate.paired(ablate.column(lines, "full"), own):
             interval = f"{ahead[1] - ahead[2]:+.2f} to {ahead[1] + ahead[2]:+.2f}"
-            table.append(f"| {name} | {ahead[0]} | {ablate.spread(list(own.values()))} | {ahead[1]:+.2f} | {interval} |")
+            table.append(f"| {said} | {ahead[0]} | {ablate.spread(list(own.values()))} | {ahead[1]:+.2f} | {interval} |")
     return "\n".join([*table, "", "Made by `python results/curves.py`: the targets, pairs of equal seed."]) if table[2:] else "No run yet."
 
 
@@ -158,6 +179,7 @@ def main():
     failed = 0 if args.draw else ablate.train(jobs(), HERE / "curves.csv", TARGETS, args.jobs, "curves", "results/curves.py")
     lines = ablate.read(HERE / "curves.csv") + ablate.read(HERE / "toy.csv")
     draw(lines)
+    ablate.put(HERE / "README.md", "harm", harm(lines))
     ablate.put(HERE / "README.md", "trials", trials(lines))
     if failed:
         sys.exit(f"{failed} runs failed; what they said stands above. The same command tries them again.")
