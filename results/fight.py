@@ -29,7 +29,7 @@ METHODS = {"erm": "--method erm", **{name: ROWS[name][1] for name in ("vote", "o
 GRID = {"--lr": (1e-3, 2e-3, 3e-3, 5e-3), "--lr-clip": (0.01, 0.03, 0.1, 0.3), "--freeze": (0, 1, 2, 3, 4, 5),
         "--balance": (0.0, 0.5, 1.0), "--steps": (400, 800), "--text-weight": (0.3, 0.5, 0.7)}
 BASELINES = ("erm", "vote")  # without any of the paper's ideas
-CLIPS = (1, 2)  # seeds of the two other miniature CLIPs, made by toy_clip.py; toy_clip.pt is that of seed 0
+CLIPS, CLIP_SEEDS = (1, 2), NEW_SEEDS[:3]  # seeds of two other miniature CLIPs, whose training takes half an hour, and of their runs
 DRAW = random.Random(0)
 SETTINGS = [{flag: DRAW.choice(values) for flag, values in GRID.items()} for _ in range(16)]
 
@@ -55,7 +55,7 @@ def clip_jobs(best):
             (HERE.parent / "runs").mkdir(exist_ok=True)
             subprocess.run([sys.executable, "toy_clip.py", "--train", "--seed", str(number), "--out", file], cwd=HERE.parent, check=True)
         jobs += [(f"{method}-{best[method][0]}-clip{number}", seed, f"{flags(method, best[method][0])} --clip {file}")
-                 for seed in NEW_SEEDS for method in headline(best)]
+                 for seed in CLIP_SEEDS for method in headline(best)]
     return jobs
 
 
