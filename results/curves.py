@@ -1,7 +1,7 @@
 """curves.py: what the method is for. Unseen mIoU of every method over four things that a user may have more or less of.
 
     python results/curves.py             train what results/curves.csv does not hold yet, then draw results/curve-*.png
-    python results/curves.py --draw      draw them alone, and write the tables of harm and trials into results/README.md
+    python results/curves.py --draw      draw them alone, and write the tables into results/README.md
     python results/curves.py train [--scenes N] [--oracle] [--pixelwise] [--centred] FLAGS OF train.py      one run
 
 steps      length of the run: who forgets what CLIP knew?
@@ -11,7 +11,7 @@ lr-clip    factor on CLIP's learning rate: who depends on it?
 scenes     source scenes to train on: who needs many?
 
 All else is train.py's recipe. Shown: mean over two seeds, and the range between them. Two trials, which are in no other file,
-have five seeds and a table instead:
+have five seeds and a table alone:
 
 pixelwise  Eq. 4 with a turn for each cell: it starts at half its rank by the loss that CLIP, as it came, has to its label
 centred    norm(otp - mean over classes). A softmax does not see the mean; what changes is the length by which each class is
@@ -41,8 +41,7 @@ import prototypes  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
 
-CURVES = {"harmful": (0, 0.1, 0.3, 0.5), "steps": (50, 100, 200, 400, 800), "lr-clip": (0.01, 0.03, 0.1, 0.3),
-          "scenes": (50, 100, 200, 400)}
+CURVES = {"harmful": (0, 0.1, 0.3, 0.5), "steps": (50, 100, 200, 400, 800), "lr-clip": (0.03, 0.1, 0.3), "scenes": (50, 100, 200, 400)}
 RECIPE = {"steps": 400, "harmful": 0.1, "lr-clip": 0.03, "scenes": 400}  # train.py's: those runs are in results/toy.csv
 NAMES = {"harmful": "share of source scenes with wrong labels", "steps": "training steps", "lr-clip": "factor on CLIP's learning rate",
          "scenes": "source scenes"}
@@ -96,16 +95,14 @@ def draw(lines):
         checkpoint.write_atomically(HERE / f"curve-{axis}.png", lambda file, fig=fig: fig.savefig(file, dpi=110, format="png"))
 
 
-def harm(lines):
-    """Markdown: what wrong labels cost, one line a method."""
-    values = CURVES["harmful"]
-    table = [f"| | {' | '.join(f'{value:.0%}' for value in values)} | cost of {values[2]:.0%} |", "|---" * (len(values) + 2) + "|"]
-    for method in (*METHODS, ORACLE):
-        means = {value: statistics.mean(scores) for value in values if (scores := point(lines, method, "harmful", value))}
-        cells = [f"{means[value]:.2f}" if value in means else "-" for value in values]
-        cost = f"{means[0] - means[values[2]]:.2f}" if {0, values[2]} <= set(means) else "-"
-        table.append(f"| {name(method)} | {' | '.join(cells)} | {cost} |")
-    return "\n".join([*table, "", "Made by `python results/curves.py`: unseen mIoU in %, mean of two seeds."])
+def table(lines, axis):
+    """Markdown: the numbers of a curve, one line a method."""
+    values = CURVES[axis]
+    cells = [f"| {NAMES[axis]} | {' | '.join(map(str, values))} |", "|---" * (len(values) + 1) + "|"]
+    for method in (*METHODS, *[ORACLE] * (axis == "harmful")):
+        means = [f"{statistics.mean(scores):.2f}" if (scores := point(lines, method, axis, value)) else "-" for value in values]
+        cells.append(f"| {name(method)} | {' | '.join(means)} |")
+    return "\n".join([*cells, "", "Made by `python results/curves.py`: unseen mIoU in %, mean of two seeds."])
 
 
 def trials(lines):
@@ -180,7 +177,8 @@ def main():
     failed = 0 if args.draw else ablate.train(jobs(), HERE / "curves.csv", TARGETS, args.jobs, "curves", "results/curves.py")
     lines = ablate.read(HERE / "curves.csv") + ablate.read(HERE / "toy.csv")
     draw(lines)
-    ablate.put(HERE / "README.md", "harm", harm(lines))
+    for axis in CURVES:
+        ablate.put(HERE / "README.md", axis, table(lines, axis))
     ablate.put(HERE / "README.md", "trials", trials(lines))
     if failed:
         sys.exit(f"{failed} runs failed; what they said stands above. The same command tries them again.")
