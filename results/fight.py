@@ -7,7 +7,8 @@
 
 A method's setting is the one with the highest mean over seeds and looks, among the settings that every method has finished
 with every seed. --final refuses to start before all are, because a target that was looked at cannot be unseen again. Beside the
-settings stands train.py's own recipe, chosen by hand with the full method in view: it is shown, and no method may choose it.
+settings stands train.py's own recipe, chosen by hand with the full method in view: it is shown once all its runs are made, and
+no method may choose it.
 """
 
 import argparse
