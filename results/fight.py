@@ -72,6 +72,10 @@ def scores(lines, seeds=SEEDS):
     return {method: {n: statistics.mean(found[method][n][seed] for seed in seeds) for n in whole} for method in METHODS}
 
 
+def complete(lines):
+    return len(scores(lines)["full"]) == len(SETTINGS)
+
+
 def chosen(lines):
     """{method: (its best setting, the mean score there)}."""
     return {method: max(by_setting.items(), key=lambda pair: pair[1]) for method, by_setting in scores(lines).items() if by_setting}
@@ -79,7 +83,7 @@ def chosen(lines):
 
 def search_table(lines):
     """Markdown: one line a setting, one column a method; the best of each method in bold, once both seeds of all settings are there."""
-    whole = len(scores(lines)["full"]) == len(SETTINGS)
+    whole = complete(lines)
     seeds, best = (SEEDS, chosen(lines)) if whole else (SEEDS[:1], {})
     commits = ", ".join(sorted({line["commit"] for line in lines}))
     table = [f"Made by `python results/fight.py`: mean over the four development domains, {len(seeds)} seed(s), commit {commits}.", "",
@@ -145,7 +149,7 @@ def main():
     args = parser.parse_args()
     failed, search, fight = 0, HERE / "search.csv", HERE / "fight.csv"
     if args.final or args.clips:
-        if len(scores(ablate.read(search))["full"]) < len(SETTINGS):
+        if not complete(ablate.read(search)):
             sys.exit("The search is not complete: run python results/fight.py first.")
         best = chosen(ablate.read(search))
         final = [(f"{method}-{best[method][0]}", seed, flags(method, best[method][0])) for seed in NEW_SEEDS for method in METHODS]
@@ -154,7 +158,7 @@ def main():
     elif not args.table:
         failed = ablate.train(search_jobs(args.seeds), search, LOOKS, args.jobs, "search")
     content = search_table(ablate.read(search))
-    if ablate.read(fight) and len(scores(ablate.read(search))["full"]) == len(SETTINGS):
+    if ablate.read(fight) and complete(ablate.read(search)):
         content += ["", *final_table(ablate.read(fight), chosen(ablate.read(search)))]
     ablate.put(HERE / "README.md", "fight", "\n".join(content))
     if failed:
