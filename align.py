@@ -56,10 +56,9 @@ def labels_on_grid(label, emb):
 def alignment_map(emb, label, prototypes, tau):
     """Eq. 3 before its mean: the cross-entropy of every pixel's cosines over the prototypes, (B, h, w) >= 0, 0 on void.
 
-    # our reading: the abstract says "alignment" and gives no loss. Cross-entropy pulls a pixel towards its own
-    prototype and away from the others, as CLIP's own training did with images and texts.
-    tau > 0 divides the cosine: at tau = 1 the K cosines lie in [-1, 1] and the softmax can never become certain;
-    CLIP's own training ended at 0.01.
+    # our reading: the abstract says "alignment" and gives no loss. Cross-entropy pulls a pixel to its own prototype and
+    away from the others, as CLIP's own training did; so it is least beyond the prototype (theory.md, section 3). tau > 0
+    divides the cosine: at 1, a softmax of cosines in [-1, 1] can never become certain; CLIP's training ended at 0.01.
     """
     if tau <= 0:
         raise ValueError(f"tau must be positive, not {tau}: it divides the cosine")
@@ -90,9 +89,9 @@ def progress(step, steps, start, end):
     return 0.5 * (1 - math.cos(math.pi * min(max(x, 0.0), 1.0)))
 
 
-# our reading: "from easy to difficult" is read as OTP first, VTP last, for all pixels together. By the loss, which is what
-# training feels, the OTP is the easier goal, though by distance the VTP is the nearer one: see curves.png of any run.
-# Each schedule maps the ramp r = progress(...) to lambda, the share of the OTP in Eq. 4.
+# our reading: "from easy to difficult" is read as OTP first, VTP last, for all pixels together: by the loss, which is what
+# training feels, the OTP is the easier goal, though the VTP is the nearer one (curves.png of any run). Measured, no order
+# is clearly better; this one has the reason. Each maps the ramp r = progress(...) to lambda, the share of the OTP in Eq. 4.
 SCHEDULES = {
     "progressive": lambda r: 1 - r,  # from OTP to VTP
     "reversed": lambda r: r,  # from VTP to OTP: tells an order from a mixture

@@ -370,8 +370,9 @@ def closing_words(config, results):
     table = list(csv.DictReader(committed.read_text().splitlines())) if committed.is_file() and recipe[0] == recipe[1] else []
     for key, rival in (("vote-13", "the baseline that votes"), ("otp-10", "alignment to the OTP alone")):  # the two best, by the search
         if rows := [row for row in table if row["row"] == key and set(results["targets"]) <= set(row)]:
-            means = [f"{name.removeprefix('toy-')} {sum(float(row[name]) for row in rows) / len(rows):.1f}" for name in results["targets"]]
-            print(f"{rival} at its best of 16 settings ({key} in results/fight.csv, mean of {len(rows)} seeds): {', '.join(means)}")
+            mean = {name.removeprefix("toy-"): sum(float(row[name]) for row in rows) / len(rows) for name in results["targets"]}
+            told = ", ".join(f"{name} {iou:.1f}" for name, iou in (mean | dict(mean=sum(mean.values()) / len(mean))).items())
+            print(f"{rival} at its best of 16 settings ({key} in results/fight.csv, {len(rows)} seeds): {told}")
     print(f"next: every term of the theorem, `python bound.py {config.out}`; with a second run (such as the baseline: the same "
           f"flags, `--method erm --out OTHER`), both predictions, `python figures.py {config.out} --compare OTHER`")
 

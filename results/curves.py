@@ -66,10 +66,10 @@ def row(method, axis, value):
     return method if value == RECIPE[axis] and method != ORACLE else f"{method}-{axis}-{value}"
 
 
-def point(lines, method, axis, value):
-    """Unseen mIoU of a method at a point of a curve, one for each seed, or none while one is missing. No harm, no oracle."""
+def point(lines, method, axis, value, score="unseen"):
+    """mIoU of a method at a point of a curve, one for each seed, or none while one is missing. No harm, no oracle."""
     method = "no-reweight" if method == ORACLE and not value else method
-    scores = [score for seed, score in ablate.column(lines, row(method, axis, value)).items() if seed in SEEDS]
+    scores = [iou for seed, iou in ablate.column(lines, row(method, axis, value), score).items() if seed in SEEDS]
     return scores if len(scores) == len(SEEDS) else []
 
 
@@ -100,19 +100,24 @@ def table(lines, axis):
     values = CURVES[axis]
     cells = [f"| {NAMES[axis]} | {' | '.join(map(str, values))} |", "|---" * (len(values) + 1) + "|"]
     for method in (*METHODS, *[ORACLE] * (axis == "harmful")):
-        means = [f"{statistics.mean(scores):.2f}" if (scores := point(lines, method, axis, value)) else "-" for value in values]
+        means = []
+        for value in values:
+            unseen, source = (point(lines, method, axis, value, score) for score in ("unseen", "toy-gta5"))
+            means.append(f"{statistics.mean(unseen):.2f} ({statistics.mean(source):.1f})" if unseen else "-")
         cells.append(f"| {name(method)} | {' | '.join(means)} |")
-    return "\n".join([*cells, "", "Made by `python results/curves.py`: unseen mIoU in %, mean of two seeds."])
+    return "\n".join([*cells, "", "Made by `python results/curves.py`: unseen mIoU in % (held-out source), mean of two seeds; "
+                      f"commit {', '.join(sorted({line['commit'] for line in lines}))}."])
 
 
 def trials(lines):
     """Markdown: the trials against the full method, at equal seed."""
-    table = ["| trial | n | unseen | full minus it | 95 % interval |", "|---|---|---|---|---|"]
+    table = ["| trial | n | unseen | held-out source | full minus it | 95 % interval |", "|---|---|---|---|---|---|"]
     for trial, said in TRIALS.items():
         own = ablate.column(lines, trial)
         if ahead := ablate.paired(ablate.column(lines, "full"), own):
+            unseen, source = (ablate.spread([*scores.values()]) for scores in (own, ablate.column(lines, trial, "toy-gta5")))
             interval = f"{ahead[1] - ahead[2]:+.2f} to {ahead[1] + ahead[2]:+.2f}"
-            table.append(f"| {said} | {ahead[0]} | {ablate.spread(list(own.values()))} | {ahead[1]:+.2f} | {interval} |")
+            table.append(f"| {said} | {ahead[0]} | {unseen} | {source} | {ahead[1]:+.2f} | {interval} |")
     return "\n".join([*table, "", "Made by `python results/curves.py`: the targets, pairs of equal seed."]) if table[2:] else "No run yet."
 
 

@@ -94,8 +94,11 @@ def search_table(lines):
         means = [f"**{mean}**" if m in best and best[m][0] == n else mean for m, mean in zip(METHODS, means)]
         table.append(f"| {n} | {' | '.join(str(SETTINGS[n][flag]) for flag in GRID)} | {' | '.join(means)} |")
     if whole:
+        source = [statistics.mean(iou for n in by_method[method] for iou in ablate.column(lines, f"{method}-{n}", "toy-gta5").values())
+                  for method in METHODS]
         first = [max(METHODS, key=lambda method: by_method[method][n]) for n in by_method["full"]]
         table += [f"| mean {'| ' * len(GRID)}| {' | '.join(f'{statistics.mean(by_method[m].values()):.1f}' for m in METHODS)} |",
+                  f"| held-out source, mean {'| ' * len(GRID)}| {' | '.join(f'{mean:.1f}' for mean in source)} |",
                   f"| first in {'| ' * len(GRID)}| {' | '.join(str(first.count(method)) for method in METHODS)} |"]
     recipe = [ablate.column(lines, f"{method}-recipe") for method in METHODS]
     if all(set(seeds) <= set(own) for own in recipe):

@@ -1,6 +1,6 @@
 """bench.py: what all timings share, and the speed and memory on a CPU that results/README.md states. On a GPU: tests/gpu.py.
 
-    python tests/bench.py                    about ten minutes on two cores
+    python tests/bench.py                    three minutes on two cores, more on slow ones
 
 Times are medians of interleaved repetitions (A B A B ...), so that a machine that slows down slows both; what is worth
 quoting is the ratio. Nothing here is a test: a busy machine must not fail a build. Weights are random, of the shapes of

@@ -124,7 +124,7 @@ def stopped(out, at, *flags, steps=8):
 
 
 @pytest.mark.parametrize("flags", ["", "--amp bf16", "--prototypes shuffled --align vtp", "--method erm --micro-batch 3",
-                                   "--save-every 500"], ids=["full", "bf16", "source means", "erm in parts", "from step 0"])
+                                   "--save-every 500"], ids=["full", "bf16", "wrong names", "erm in parts", "from step 0"])
 def test_a_run_that_died_goes_on_with_other_workers_to_the_same_bits(flags, world, tmp_path):
     flags = [*world["flags"], "--steps", 4, "--save-every", 2, *flags.split()]
     calm, out = trained(tmp_path / "calm", *flags), stopped(tmp_path / "run", 3, *flags, steps=4)
@@ -523,7 +523,7 @@ def test_the_closing_words_show_the_best_rivals_by_the_search_beside_a_run_of_th
         said = capsys.readouterr().out
         for row in (f"{method}-{best[method][0]}" for method in rivals):
             bdd, snow = (np.mean([*fight.ablate.column(lines, row, name).values()]) for name in ("toy-bdd", "toy-snow"))
-            assert (f"({row} in results/fight.csv, mean of 5 seeds): bdd {bdd:.1f}, snow {snow:.1f}" in said) == shown
+            assert (f"({row} in results/fight.csv, 5 seeds): bdd {bdd:.1f}, snow {snow:.1f}, mean {(bdd + snow) / 2:.1f}\n" in said) == shown
         assert shown == ("settings" in said) and "python bound.py there" in said and "python figures.py there --compare OTHER" in said
 
 
