@@ -9,6 +9,7 @@ harmful    share of source scenes with wrong labels: who is hurt? The oracle is 
            labels are void from the first step: what weights would bring that find exactly these
 lr-clip    factor on CLIP's learning rate: who depends on it?
 scenes     source scenes to train on: who needs many?
+balance    exponent of the class balance in L_seg: who needs it? Weights that only did its work would gain nothing beside it
 
 All else is train.py's recipe. Shown: mean over two seeds, and the range between them. Two trials, which are in no other file,
 have five seeds and a table alone:
@@ -41,10 +42,11 @@ import prototypes  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
 
-CURVES = {"harmful": (0, 0.1, 0.3, 0.5), "steps": (50, 100, 200, 400, 800), "lr-clip": (0.03, 0.1, 0.3), "scenes": (50, 100, 200, 400)}
-RECIPE = {"steps": 400, "harmful": 0.1, "lr-clip": 0.03, "scenes": 400}  # train.py's: those runs are in results/toy.csv
+CURVES = {"harmful": (0, 0.1, 0.3, 0.5), "steps": (50, 100, 200, 400, 800), "lr-clip": (0.03, 0.1, 0.3), "scenes": (50, 100, 200, 400),
+          "balance": (0, 0.5, 1)}
+RECIPE = {"steps": 400, "harmful": 0.1, "lr-clip": 0.03, "scenes": 400, "balance": 0.5}  # train.py's: those runs are in results/toy.csv
 NAMES = {"harmful": "share of source scenes with wrong labels", "steps": "training steps", "lr-clip": "factor on CLIP's learning rate",
-         "scenes": "source scenes"}
+         "scenes": "source scenes", "balance": "exponent of the class balance"}
 SEEDS = (0, 1)
 ORACLE = "oracle"
 TRIALS = {"pixelwise": "full, each cell in its own turn", "centred": "full, centred prototypes"}
@@ -80,7 +82,7 @@ def name(method):
 def draw(lines):
     """One figure a curve: a line and a band a method."""
     for axis, values in CURVES.items():
-        places = values if axis == "harmful" else range(len(values))  # the other three double, or nearly
+        places = values if axis in ("harmful", "balance") else range(len(values))  # the other three double, or nearly
         fig = Figure((9, 4), layout="constrained")
         ax = fig.subplots()
         for method in (*METHODS, ORACLE):
