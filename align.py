@@ -57,7 +57,7 @@ def alignment_map(emb, label, prototypes, tau):
     """Eq. 3 before its mean: the cross-entropy of every pixel's cosines over the prototypes, (B, h, w) >= 0, 0 on void.
 
     # our reading: the abstract says "alignment" and gives no loss. Cross-entropy pulls a pixel to its own prototype and
-    away from the others, as CLIP's own training did; so it is least beyond the prototype (theory.md, section 3). tau > 0
+    away from the others, as CLIP's own training did; so the loss is least beyond the prototype (theory.md, section 3). tau > 0
     divides the cosine: at 1, a softmax of cosines in [-1, 1] can never become certain; CLIP's training ended at 0.01.
     """
     if tau <= 0:
@@ -90,8 +90,8 @@ def progress(step, steps, start, end):
 
 
 # our reading: "from easy to difficult" is read as OTP first, VTP last, for all pixels together: by the loss, which is what
-# training feels, the OTP is the easier goal, though the VTP is the nearer one (curves.png of any run). Measured, no order
-# is clearly better; this one has the reason. Each maps the ramp r = progress(...) to lambda, the share of the OTP in Eq. 4.
+# training feels, the OTP is the easier goal, though the VTP is the nearer one (curves.png of any run). Measured, no order is
+# clearly better; Eq. 17 speaks for the reverse. Each maps the ramp r = progress(...) to lambda, the share of the OTP in Eq. 4.
 SCHEDULES = {
     "progressive": lambda r: 1 - r,  # from OTP to VTP
     "reversed": lambda r: r,  # from VTP to OTP: tells an order from a mixture

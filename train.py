@@ -6,8 +6,7 @@
     torchrun --nproc_per_node 4 train.py ...                                     the same batch, split over four processes
     python train.py --resume runs/NAME                                           go on where it was stopped
 
-Read ppar.py first: it holds the network and the loss of a step. Here is what a run needs around it: Config (every flag,
-and its presets), set-up (processes, data, network, optimiser), one step, the loop.
+Read ppar.py first: network and loss. Here is what a run needs around it: flags and presets, set-up, one step, the loop.
 
 No target image is read before training has ended: only the names of the files are listed, to say early that a folder is
 missing. The network that is evaluated is the last one, never the best one.
@@ -370,8 +369,9 @@ def closing_words(config, results):
     table = list(csv.DictReader(committed.read_text().splitlines())) if committed.is_file() and recipe[0] == recipe[1] else []
     for key, rival in (("vote-13", "the baseline that votes"), ("otp-10", "alignment to the OTP alone")):  # the two best, by the search
         if rows := [row for row in table if row["row"] == key and set(results["targets"]) <= set(row)]:
-            mean = {name.removeprefix("toy-"): sum(float(row[name]) for row in rows) / len(rows) for name in results["targets"]}
-            told = ", ".join(f"{name} {iou:.1f}" for name, iou in (mean | dict(mean=sum(mean.values()) / len(mean))).items())
+            means = {name: sum(float(row[name]) for row in rows) / len(rows) for name in results["targets"]}
+            means["mean"] = sum(means[name] for name in results["mean_over"]) / len(results["mean_over"])
+            told = ", ".join(f"{name.removeprefix('toy-')} {iou:.1f}" for name, iou in means.items())
             print(f"{rival} at its best of 16 settings ({key} in results/fight.csv, {len(rows)} seeds): {told}")
     print(f"next: every term of the theorem, `python bound.py {config.out}`; with a second run (such as the baseline: the same "
           f"flags, `--method erm --out OTHER`), both predictions, `python figures.py {config.out} --compare OTHER`")

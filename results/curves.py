@@ -9,7 +9,7 @@ harmful    share of source scenes with wrong labels: who is hurt? The oracle is 
            labels are void from the first step: what weights would bring that find exactly these
 lr-clip    factor on CLIP's learning rate: who depends on it?
 scenes     source scenes to train on: who needs many?
-balance    exponent of the class balance in L_seg: who needs it? Weights that only did its work would gain nothing beside it
+balance    exponent of the class balance in L_seg: who needs it? Weights that merely balanced classes would add nothing at 1
 
 All else is train.py's recipe. Shown: mean over two seeds, and the range between them. Two trials, which are in no other file,
 have five seeds and a table alone:
@@ -52,6 +52,11 @@ ORACLE = "oracle"
 TRIALS = {"pixelwise": "full, each cell in its own turn", "centred": "full, centred prototypes"}
 
 
+def shown(axis):
+    """The methods of a curve."""
+    return (*METHODS, ORACLE) if axis == "harmful" else tuple(METHODS)
+
+
 def jobs():
     """(row, seed, flags), a curve after the other. What has train.py's recipe is in results/toy.csv."""
     found = []
@@ -69,7 +74,7 @@ def row(method, axis, value):
 
 
 def point(lines, method, axis, value, score="unseen"):
-    """mIoU of a method at a point of a curve, one for each seed, or none while one is missing. No harm, no oracle."""
+    """mIoU ("unseen", or of a domain) of a method at a point of a curve, a seed each; [] while one is missing. No harm, no oracle."""
     method = "no-reweight" if method == ORACLE and not value else method
     scores = [iou for seed, iou in ablate.column(lines, row(method, axis, value), score).items() if seed in SEEDS]
     return scores if len(scores) == len(SEEDS) else []
@@ -85,7 +90,7 @@ def draw(lines):
         places = values if axis in ("harmful", "balance") else range(len(values))  # the other three double, or nearly
         fig = Figure((9, 4), layout="constrained")
         ax = fig.subplots()
-        for method in (*METHODS, ORACLE):
+        for method in shown(axis):
             points = [(place, scores) for place, value in zip(places, values) if (scores := point(lines, method, axis, value))]
             if not points:
                 continue
@@ -101,14 +106,16 @@ def table(lines, axis):
     """Markdown: the numbers of a curve, one line a method."""
     values = CURVES[axis]
     cells = [f"| {NAMES[axis]} | {' | '.join(map(str, values))} |", "|---" * (len(values) + 1) + "|"]
-    for method in (*METHODS, *[ORACLE] * (axis == "harmful")):
+    for method in shown(axis):
         means = []
         for value in values:
             unseen, source = (point(lines, method, axis, value, score) for score in ("unseen", "toy-gta5"))
             means.append(f"{statistics.mean(unseen):.2f} ({statistics.mean(source):.1f})" if unseen else "-")
         cells.append(f"| {name(method)} | {' | '.join(means)} |")
+    rows = {row(method, axis, value) for method in shown(axis) for value in values}
+    commits = ", ".join(sorted({line["commit"] for line in lines if line["row"] in rows}))
     return "\n".join([*cells, "", "Made by `python results/curves.py`: unseen mIoU in % (held-out source), mean of two seeds; "
-                      f"commit {', '.join(sorted({line['commit'] for line in lines}))}."])
+                      f"commit {commits}."])
 
 
 def trials(lines):

@@ -3,8 +3,7 @@
     python tests/bench.py                    three minutes on two cores, more on slow ones
 
 Times are medians of interleaved repetitions (A B A B ...), so that a machine that slows down slows both; what is worth
-quoting is the ratio. Nothing here is a test: a busy machine must not fail a build. Weights are random, of the shapes of
-OpenAI's CLIPs: speed does not depend on their values.
+quoting is the ratio. Weights are random, of the shapes of OpenAI's CLIPs: speed does not depend on their values.
 """
 
 import copy
