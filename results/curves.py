@@ -1,4 +1,4 @@
-"""curves.py: what the method is for. Unseen mIoU of every method over four things that a user may have more or less of.
+"""curves.py: what the method is for. Unseen mIoU of every method over five things that a user may have more or less of.
 
     python results/curves.py             train what results/curves.csv does not hold yet, then draw results/curve-*.png
     python results/curves.py --draw      draw them alone, and write the tables into results/README.md
