@@ -368,7 +368,7 @@ def closing_words(config, results):
     recipe = [[getattr(c, name) for name in ("source", "harmful", "clip", "steps", "batch", "freeze")] for c in (config, configure({}))]
     table = list(csv.DictReader(committed.read_text().splitlines())) if committed.is_file() and recipe[0] == recipe[1] else []
     for key, rival in (("vote-13", "the baseline that votes"), ("otp-10", "alignment to the OTP alone")):  # the two best, by the search
-        if rows := [row for row in table if row["row"] == key and set(results["targets"]) <= set(row)]:
+        if rows := [row for row in table if row["row"] == key and results["mean_over"] and set(results["targets"]) <= set(row)]:
             means = {name: sum(float(row[name]) for row in rows) / len(rows) for name in results["targets"]}
             means["mean"] = sum(means[name] for name in results["mean_over"]) / len(results["mean_over"])
             told = ", ".join(f"{name.removeprefix('toy-')} {iou:.1f}" for name, iou in means.items())

@@ -517,13 +517,14 @@ def test_the_closing_words_show_the_best_rivals_by_the_search_beside_a_run_of_th
     monkeypatch.syspath_prepend(ROOT / "results")
     import fight
     lines, best = fight.ablate.read(ROOT / "results/fight.csv"), fight.chosen(fight.ablate.read(ROOT / "results/search.csv"))
-    for flags, target, shown in (({}, "toy-gta5", True), ({}, "toy-dev", False), (dict(steps=20), "toy-gta5", False)):
-        train.closing_words(train.configure(flags | dict(out="there")), dict(targets={"toy-bdd": 0, target: 0}, mean_over=["toy-bdd"]))
+    cases = ((True, {}, "toy-gta5", 1), (False, {}, "toy-dev", 1), (False, dict(steps=20), "toy-gta5", 1), (False, {}, "toy-gta5", 0))
+    for shown, flags, target, unseen in cases:
+        results = dict(targets=dict.fromkeys(["toy-bdd"] * unseen + [target]), mean_over=["toy-bdd"] * unseen)
+        train.closing_words(train.configure(flags | dict(out="there")), results)
         said = capsys.readouterr().out
         for row in (f"{method}-{best[method][0]}" for method in fight.headline(best)[1:]):
             bdd, gta5 = (np.mean([*fight.ablate.column(lines, row, name).values()]) for name in ("toy-bdd", "toy-gta5"))
-            means = f"bdd {bdd:.1f}, gta5 {gta5:.1f}, mean {bdd:.1f}\n"  # of a source, no mean
-            assert (f"({row} in results/fight.csv, 5 seeds): {means}" in said) == shown
+            assert (f"({row} in results/fight.csv, 5 seeds): bdd {bdd:.1f}, gta5 {gta5:.1f}, mean {bdd:.1f}\n" in said) == shown
         assert shown == ("settings" in said) and "python bound.py there" in said and "python figures.py there --compare OTHER" in said
 
 
