@@ -22,11 +22,9 @@ import contextlib
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections import namedtuple
 from importlib import metadata
@@ -34,6 +32,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from data import UserError, require
+from machine import choose_device, precision
 
 Run = namedtuple("Run", "ppar config step path")  # a trained PPAR module, its flags as a namespace, its step, its folder
 FLAGS = set("source targets data_root mapillary holdout harmful clip tau text_weight amp seed steps method".split())  # of any run
@@ -81,6 +80,12 @@ def open_folder(config, step=None):
     if log.exists():
         rows = [json.dumps(row) + "\n" for row in read_log(folder) if row["step"] <= step]
         write_atomically(log, lambda file: file.write("".join(rows).encode()))
+
+
+def log(folder, row):
+    """Append a row, a dict with `step`, to log.jsonl."""
+    with open(Path(folder) / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def read_log(folder):
@@ -217,60 +222,6 @@ def open_run(args):
     given = {name: getattr(args, name, None) for name in ("targets", "data_root", "mapillary", "workers")}
     vars(run.config).update({name: value for name, value in given.items() if value is not None})
     return run
-
-
-def choose_device(name=None):
-    """torch.device of a name, or of the best that is here; UserError if this machine does not have it."""
-    import torch
-    here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0))]
-    name = name or ("cuda" if len(here) > 1 else "cpu")
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # one GPU for each process of a machine
-    require(name in here, f"--device {name} cannot be used here: choose from {', '.join(here)}.")
-    return torch.device(name)
-
-
-def precision(amp, device):
-    """(name of the precision, autocast context, memory layout), the same in training and evaluation.
-
-    bfloat16 has float32's range: no loss scaling, and no overflow to NaN. The layout is what fast convolutions read.
-    """
-    import torch
-    if device.type == "cuda":
-        able = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # without bf16 arithmetic, a processor emulates it, slower than float32
-        able = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
-    bf16 = amp == "bf16" or (amp == "auto" and able)
-    layout = torch.channels_last if bf16 or device.type == "cuda" else torch.contiguous_format
-    return "bf16" if bf16 else "fp32", lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16), layout
-
-
-def outlive_signals(worker):
-    """A loader's process leaves the first stop to the loop: schedulers send it to all, and a step needs its batch."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
-
-
-@contextlib.contextmanager
-def catch_signals():
-    """SIGTERM and Ctrl-C fill a list instead of killing: the loop finishes its step, saves, and stops.
-
-    A second one means it, if it comes seconds later: a terminal, torchrun and a scheduler each may hand on the same stop.
-    """
-    received = []
-
-    def handle(number, frame):
-        received.append(time.monotonic())
-        if received[-1] - received[0] > 2:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

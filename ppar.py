@@ -49,7 +49,8 @@ class PPAR(torch.nn.Module):
         self.register_buffer("otp", otp)
 
     def forward(self, image):
-        logits, emb = self.net(image)
+        # In channels_last memory the softmax of a loss would copy its input: classes have to lie apart. Copy once, here.
+        logits, emb = (x.contiguous() for x in self.net(image))
         return Output(logits, emb, *(() if self.clip is None else self.as_clip_came(image)))
 
     @torch.no_grad()

@@ -15,10 +15,7 @@ Not here: the loss (ppar.py), the files of a run (checkpoint.py), the score (eva
 """
 
 import argparse
-import contextlib
-import csv
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -139,7 +136,6 @@ if __name__ == "__main__":
     GIVEN = parse(sys.argv[1:])  # here, before torch is imported: --help and a mistyped flag are answered at once
 
 import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import align  # noqa: E402
@@ -147,32 +143,12 @@ import checkpoint  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import figures  # noqa: E402
+import machine  # noqa: E402
 import ppar  # noqa: E402
 from data import UserError, require  # noqa: E402
+from machine import setup_processes, sum_over_processes  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------- set-up
-
-
-def setup_processes(config):
-    """(rank, processes, device) of this process: torchrun sets the variables, a plain `python` does not."""
-    device = checkpoint.choose_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # pinned memory and all else that goes by the current device
-        torch.backends.cudnn.benchmark = True  # all steps have one size, so that it pays to try; make_scorer ends it
-    else:
-        torch.use_deterministic_algorithms(True)  # same seed, same bits; a GPU is asked for speed instead
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nobody reads it, and filling it takes time
-    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
-        return 0, 1, device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def sum_over_processes(x):
-    """The sum of a tensor over all processes; itself when there is one."""
-    if dist.is_initialized():
-        dist.all_reduce(x := x.clone())
-    return x
 
 
 def open_data(config, state):
@@ -186,13 +162,23 @@ def open_data(config, state):
     return data.TrainingStream(sources, config.crop, config.seed, config.mapillary)
 
 
+def open_loader(stream, config, start, rank, processes, device):
+    """The batches from step `start` on, as pairs (image (b, 3, crop, crop) uint8, label (b, crop, crop) uint8).
+
+    Of every batch, this process gets its own b = batch / processes samples. Together they are the whole batch.
+    """
+    local = config.batch // processes
+    batches = []
+    for step in range(start, config.steps):
+        first = step * config.batch + rank * local
+        batches.append(range(first, first + local))
+    return torch.utils.data.DataLoader(stream, batch_sampler=batches, num_workers=config.workers,
+                                       pin_memory=device.type == "cuda", worker_init_fn=machine.outlive_signals)
+
+
 def open_network(config, state, rank, device, layout):
     """PPAR at step 0, or as the checkpoint `state` holds it; the first process says what was loaded of CLIP."""
-    turn = 0 if rank == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2  # a CLIP by name is fetched once on each machine
-    for now in range(3):
-        if now == turn:
-            module, report = ppar.build(config)
-        sum_over_processes(torch.zeros(1, device=device))  # waits for the others
+    module, report = machine.take_turns(rank, device, lambda: ppar.build(config))
     multiple = module.net.encoder.multiple
     require(config.crop % multiple == 0, f"--crop {config.crop} must be a multiple of {multiple} for --clip {config.clip}.")
     module.to(device, memory_format=layout)
@@ -222,33 +208,26 @@ def learning_rate(step, steps, warmup=0.05):
     return (step + 1) / first if step < first else (1 - (step - first) / max(steps - first, 1)) ** 0.9
 
 
-def backward(network, image, label, config, step, autocast):
-    """Forward and backward of one step -> (terms of Eq. 7, this process's share; lambda and ramp; Output of its images).
+def set_up(config, state, rank, processes, device, layout):
+    """All that the loop needs -> (stream, module, network, optimizer), from the checkpoint `state` or from step 0.
 
-    The gradient stays in the parameters. Eq. 6 and the means of Eq. 7 need the outputs of the whole batch. So the loss is
-    taken at the outputs, cut off from the network, and its gradient there is then handed to the network part by part. With
-    micro-batches the first forward keeps outputs alone, and each part is computed again: less memory, the same numbers.
+    module is our PPAR. network is what the loop calls: the module itself, or the module compiled, or the module within
+    DistributedDataParallel, which sums the gradients of all processes.
     """
-    module = getattr(network, "module", network)  # DistributedDataParallel keeps ours inside
-    processes = dist.get_world_size() if dist.is_initialized() else 1
-    size = config.micro_batch or len(image)
-    images = image.split(size)  # views, in whatever memory layout
-
-    with autocast(), torch.set_grad_enabled(len(images) == 1):
-        outputs = [network(part) for part in images]
-    whole = ppar.Output(*(None if x[0] is None else torch.cat(x).detach().contiguous() for x in zip(*outputs)))  # or losses copy it
-    leaves = [x.requires_grad_() for x in (whole.logits, whole.emb)]
-    terms, at = ppar.objective(whole, module.otp, label, config, step, sum_over_processes)
-    sum(terms.values()).backward()
-
-    # DDP takes the mean over processes where ours are to be summed, and waits for a gradient of every output.
-    grads = [processes * (torch.zeros_like(x) if x.grad is None else x.grad) for x in leaves]
-    for start, part in zip(range(0, len(image), size), images):
-        with contextlib.nullcontext() if part is images[-1] or processes == 1 else network.no_sync():
-            with autocast():
-                out = outputs[0] if len(images) == 1 else network(part)
-            torch.autograd.backward([out.logits, out.emb], [grad[start:start + len(part)] for grad in grads])
-    return {name: term.detach() for name, term in terms.items()}, at, whole
+    require(config.batch % processes == 0, f"--batch {config.batch} cannot be split over {processes} processes: give a multiple.")
+    stream = open_data(config, state)
+    module = open_network(config, state, rank, device, layout)
+    if rank == 0:
+        checkpoint.open_folder(config, state["step"] if state else None)
+        print(f"source {' + '.join(f'{n} ({len(i)} images)' for n, i in zip(config.source, stream.sources))}, method "
+              f"{config.method}, align {config.align}, reweight {config.reweight}, {processes} process(es) on {device.type}")
+    optimizer = make_optimizer(module, config)
+    if state:
+        checkpoint.load_optimizer(optimizer, state, config.out)
+    network = torch.compile(module) if config.compile else module
+    if processes > 1:
+        network = torch.nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+    return stream, module, network, optimizer
 
 
 def check_first_step(module, optimizer):
@@ -266,7 +245,7 @@ def check_first_step(module, optimizer):
 def describe(terms, at, out, otp, label, config, done):
     """A row of log.jsonl: the terms, which goal is the easier one, by distance and by loss (Eq. 3, w = 1), mean omega (this process's
     pixels). All processes take part. Nowhere else in a step does the host wait for the device."""
-    values = sum_over_processes(torch.stack(list(terms.values()))).tolist()
+    values = sum_over_processes(torch.stack([term.detach() for term in terms.values()])).tolist()
     row = dict(step=done, loss=sum(values), **dict(zip(terms, values)), **at)
     for name, value in reversed(row.items()):
         require(value is None or math.isfinite(value),
@@ -288,56 +267,55 @@ def describe(terms, at, out, otp, label, config, done):
 
 def train(config, state, rank, processes, device):
     """Train from the checkpoint `state` (None: from step 0) to the last step -> PPAR. Writes last.pt and log.jsonl."""
-    require(config.batch % processes == 0, f"--batch {config.batch} cannot be split over {processes} processes: give a multiple.")
     start = state["step"] if state else 0
-    stream = open_data(config, state)
     _, autocast, layout = checkpoint.precision(config.amp, device)
-    module = open_network(config, state, rank, device, layout)
-    if rank == 0:
-        checkpoint.open_folder(config, start if state else None)
-        print(f"source {' + '.join(f'{n} ({len(i)} images)' for n, i in zip(config.source, stream.sources))}, method "
-              f"{config.method}, align {config.align}, reweight {config.reweight}, {processes} process(es) on {device.type}")
-    optimizer = make_optimizer(module, config)
-    if state:
-        checkpoint.load_optimizer(optimizer, state, config.out)
-    network = torch.compile(module) if config.compile else module
-    if processes > 1:
-        network = torch.nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
-    # This process's share of every batch; the union is the same for any number of processes.
-    firsts, local = range(start * config.batch, config.steps * config.batch, config.batch), config.batch // processes
-    batches = [range(first + rank * local, first + (rank + 1) * local) for first in firsts]
-    loader = torch.utils.data.DataLoader(stream, batch_sampler=batches, num_workers=config.workers, pin_memory=device.type == "cuda",
-                                         worker_init_fn=checkpoint.outlive_signals)
+    stream, module, network, optimizer = set_up(config, state, rank, processes, device, layout)
+    loader = open_loader(stream, config, start, rank, processes, device)
     began = time.perf_counter()
     bar = tqdm(total=config.steps, initial=start, disable=rank > 0, desc="train", unit="step", dynamic_ncols=True)
-    with bar, checkpoint.catch_signals() as signals:
+    with bar, machine.catch_signals() as signals:
         if state is None:
-            checkpoint.save(module, optimizer, config, 0, rank)  # a full disk shows now; --resume works from the first step on
+            # A full disk shows now and not in hour two, and --resume works from the first step on.
+            checkpoint.save(module, optimizer, config, 0, rank)
         for step, (image, label) in zip(range(start, config.steps), loader):
-            image, label = data.normalise(image.to(device, non_blocking=True)), label.to(device, non_blocking=True).long()
+            image = data.normalise(image.to(device, non_blocking=True)).contiguous(memory_format=layout)
+            label = label.to(device, non_blocking=True).long()
             rate = learning_rate(step, config.steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
             optimizer.zero_grad(set_to_none=True)
-            terms, at, out = backward(network, image.contiguous(memory_format=layout), label, config, step, autocast)
+
+            def objective(out, label=label, step=step):
+                return ppar.objective(out, module.otp, label, config, step, sum_over_processes)
+
+            if config.micro_batch:
+                terms, at, out = machine.backward_in_parts(network, image, config.micro_batch, objective, autocast)
+            else:
+                with autocast():
+                    out = network(image)
+                terms, at = objective(out)
+                # Each process has a share of the loss, and the shares add up to it. DistributedDataParallel takes the mean
+                # of the gradients, so the share is multiplied by the number of processes.
+                loss = processes * sum(terms.values())
+                loss.backward()
+
             if step == start:
                 check_first_step(module, optimizer)
-            done, stopping = step + 1, len(signals) if processes == 1 else 0
-            if done % LOG_EVERY == 0 or done == config.steps:
+            done = step + 1
+            logged = done % LOG_EVERY == 0 or done == config.steps
+            if logged:
                 row = describe(terms, at, out, module.otp, label, config, done)
-                stopping = sum_over_processes(torch.tensor(len(signals), device=device)).item()  # all stop, or none
                 row |= dict(lr=config.lr * rate, seconds=round(time.perf_counter() - began, 2))
                 if rank == 0:
-                    with open(os.path.join(config.out, "log.jsonl"), "a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
+                    checkpoint.log(config.out, row)
                 bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "seg", "align", "lam") if row.get(k) is not None})
+            stopping = machine.stop_asked(signals, processes, logged, device)
             optimizer.step()
             bar.update()
             if done % config.save_every == 0 or done == config.steps or stopping:
                 checkpoint.save(module, optimizer, config, done, rank)
             if stopping:
-                if processes > 1:
-                    dist.barrier()  # torchrun kills the others when one leaves, and the first may still be writing
+                machine.wait_for_others(device)  # torchrun kills all when one leaves, and the first may still be writing
                 raise UserError(f"stopped by a signal after step {done}, checkpoint written: go on with "
                                 f"`python train.py --resume {config.out}`.")
     return module
@@ -363,18 +341,14 @@ def continue_run(given):
 
 
 def closing_words(config, results):
-    """For the drawn world, its tuned rivals; for every run, the next command to try."""
-    committed = Path(__file__).resolve().parent / "results" / "fight.csv"
-    recipe = [[getattr(c, name) for name in ("source", "harmful", "clip", "steps", "batch", "freeze")] for c in (config, configure({}))]
-    table = list(csv.DictReader(committed.read_text().splitlines())) if committed.is_file() and recipe[0] == recipe[1] else []
-    for key, rival in (("vote-13", "the baseline that votes"), ("otp-10", "alignment to the OTP alone")):  # the two best, by the search
-        if rows := [row for row in table if row["row"] == key and results["mean_over"] and set(results["targets"]) <= set(row)]:
-            means = {name: sum(float(row[name]) for row in rows) / len(rows) for name in results["targets"]}
-            means["mean"] = sum(means[name] for name in results["mean_over"]) / len(results["mean_over"])
-            told = ", ".join(f"{name.removeprefix('toy-')} {iou:.1f}" for name, iou in means.items())
-            print(f"{rival} at its best of 16 settings ({key} in results/fight.csv, {len(rows)} seeds): {told}")
-    print(f"next: every term of the theorem, `python bound.py {config.out}`; with a second run (such as the baseline: the same "
-          f"flags, `--method erm --out OTHER`), both predictions, `python figures.py {config.out} --compare OTHER`")
+    """What came out, which picture to open first, and the next command to try."""
+    if results["mean"] is not None:
+        print(f"mean IoU over the unseen domains: {results['mean']:.1f} %")
+    pictures = [name for name in results["targets"] if results["targets"][name]["unseen"]]
+    if config.figures and pictures:
+        print(f"the picture to open first: {os.path.join(config.out, f'predictions_{pictures[0]}.png')}")
+    print(f"next: the baseline with the same flags, `--method erm --out OTHER`; then both predictions side by side, `python figures.py "
+          f"{config.out} --compare OTHER`; every term of the theorem, `python bound.py {config.out}`")
 
 
 def main(given):
@@ -391,8 +365,7 @@ def main(given):
             if rank == 0:
                 closing_words(config, results)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        machine.end_processes()
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ import bench  # noqa: E402
 import checkpoint  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
+import machine  # noqa: E402
 import ppar  # noqa: E402
 import train  # noqa: E402
 import workbench  # noqa: E402
@@ -289,7 +290,7 @@ def loader_table(device, sizes):
         for workers in sizes["workers"]:
             count = 4 * max(1, workers)
             loader = torch.utils.data.DataLoader(stream, config.batch, sampler=range(2 * count * config.batch), num_workers=workers,
-                                                 pin_memory=device.type == "cuda", worker_init_fn=checkpoint.outlive_signals)
+                                                 pin_memory=device.type == "cuda", worker_init_fn=machine.outlive_signals)
             times = [time.perf_counter() for _ in loader]  # of the first half, the processes start and fill their queues
             rows.append(dict(workers=workers, images_per_s=count * config.batch / (times[-1] - times[count - 1])))
     return rows
@@ -338,7 +339,7 @@ def main(arguments=None):
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one; cpu: all in miniature")
     given = parser.parse_args(arguments)
     with checkpoint.one_sentence(given.out):
-        device = checkpoint.choose_device(given.device)
+        device = machine.choose_device(given.device)
         Path(given.out).mkdir(parents=True, exist_ok=True)
     sizes, began = SMALL if device.type == "cpu" else FULL, time.perf_counter()
     report = dict(checkpoint.describe(train.configure(dict(device=str(device)))), checks={}, tables={})

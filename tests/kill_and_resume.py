@@ -57,7 +57,7 @@ def _child(arguments, output, environment, scored):
     torch.set_num_threads(1)
     train.LOG_EVERY = 1
     if not scored:
-        train.evaluate.evaluate_targets = lambda *args, **kwargs: dict(targets={})
+        train.evaluate.evaluate_targets = lambda *args, **kwargs: dict(targets={}, mean=None)
     train.main(train.parse(arguments))
 
 

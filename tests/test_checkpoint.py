@@ -15,6 +15,7 @@ from kill_and_resume import difference
 from workbench import CPU
 
 import checkpoint
+import machine
 from data import UserError
 
 torch.set_num_threads(1)
@@ -181,7 +182,7 @@ def test_the_second_signal_means_it_but_not_the_echo_of_the_first(monkeypatch):
     clock, killed = [100.0], []
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(number))
-    with checkpoint.catch_signals() as received:
+    with machine.catch_signals() as received:
         handler = signal.getsignal(signal.SIGTERM)
         assert signal.getsignal(signal.SIGINT) == handler
         handler(signal.SIGTERM, None)
@@ -220,7 +221,7 @@ def test_a_device_is_the_best_that_is_here_or_the_one_that_was_asked_for(gpus, b
     monkeypatch.setenv("LOCAL_RANK", "1")  # of torchrun's second process
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert checkpoint.choose_device() == torch.device(best) and checkpoint.choose_device("cpu") == CPU
+    assert machine.choose_device() == torch.device(best) and machine.choose_device("cpu") == CPU
     for name in ("meta", "cuda:2", "abacus"):
         with pytest.raises(UserError, match=f"--device {name} cannot be used here: choose from {choice}."):
-            checkpoint.choose_device(name)
+            machine.choose_device(name)

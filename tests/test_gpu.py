@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import spread
 import torch
+import workbench
 from test_evaluate import three_tables, written
 
 import checkpoint
@@ -158,7 +159,7 @@ def test_logits_are_contiguous_before_losses_and_scores_and_cudnn_tries_algorith
     seen, real = [], torch.nn.functional.interpolate
     monkeypatch.setattr(torch.nn.functional, "interpolate", lambda x, *a, **k: seen.append(x.is_contiguous()) or real(x, *a, **k))
     image = image.contiguous(memory_format=layout)
-    *_, whole = train.backward(module, image, label, config, 0, autocast)
+    *_, whole = workbench.backward(module, image, label, config, 0, autocast)
     assert whole.logits.is_contiguous() and whole.emb.is_contiguous()
     seen.clear()
     score(image)

@@ -36,6 +36,7 @@ import align
 import checkpoint
 import data
 import evaluate
+import machine
 import ppar
 import train
 
@@ -101,10 +102,10 @@ def test_two_sources_and_a_vit_train_and_are_scored(world, tmp_path, capsys):
 
 def test_the_last_network_is_scored_and_once_more_when_a_finished_run_is_resumed(world, tmp_path, monkeypatch):
     scored, out = [], tmp_path / "run"
-    monkeypatch.setattr(evaluate, "evaluate_targets", lambda run, **more: scored.append(run) or dict(targets={}))
+    monkeypatch.setattr(evaluate, "evaluate_targets", lambda run, **more: scored.append(run) or dict(targets={}, mean=None))
     main(*world["flags"], "--steps", 3, "--no-figures", "--out", out, scored=True)
     before = read_state(out), read_log(out)
-    monkeypatch.setattr(train, "backward", lambda *a: pytest.fail("trained"))
+    monkeypatch.setattr(ppar, "objective", lambda *a, **k: pytest.fail("trained"))
     main("--resume", out, "--no-figures", scored=True)
     assert len(scored) == 2 and difference((read_state(out), read_log(out)), before) is None
     for run in scored:
@@ -181,7 +182,7 @@ SPOILT = {  # a last.pt that this train.py cannot have written; files that nobod
 def test_a_last_pt_that_train_did_not_write_is_refused(kind, straight, tmp_path, monkeypatch):
     torch.save(SPOILT[kind](torch.load(straight / "last.pt", weights_only=True)), tmp_path / "last.pt")
     before = (tmp_path / "last.pt").read_bytes()
-    monkeypatch.setattr(train, "backward", lambda *a: pytest.fail("trained"))
+    monkeypatch.setattr(ppar, "objective", lambda *a, **k: pytest.fail("trained"))
     assert is_one_sentence(main("--resume", tmp_path))
     assert (tmp_path / "last.pt").read_bytes() == before
 
@@ -227,13 +228,19 @@ def test_two_runs_are_the_same_bits_with_any_workers_and_whatever_the_global_ran
 
 
 def test_every_method_starts_from_the_same_network_and_sees_the_same_batches_and_another_seed_others(world, tmp_path, monkeypatch):
-    backward, seen, checked = train.backward, {}, []
+    forward, objective, seen, images, checked = ppar.PPAR.forward, ppar.objective, {}, [], []
 
-    def spy(network, image, label, config, *rest):
-        seen.setdefault(config.out, [copy.deepcopy(dict(network.net.state_dict()))]).append((image, label))
-        return backward(network, image, label, config, *rest)
+    def spy_forward(self, image):
+        images.append((image, copy.deepcopy(dict(self.net.state_dict()))))
+        return forward(self, image)
 
-    monkeypatch.setattr(train, "backward", spy)
+    def spy_objective(out, otp, label, config, *rest, **more):
+        image, weights = images[-1]
+        seen.setdefault(config.out, [weights]).append((image, label))
+        return objective(out, otp, label, config, *rest, **more)
+
+    monkeypatch.setattr(ppar.PPAR, "forward", spy_forward)
+    monkeypatch.setattr(ppar, "objective", spy_objective)
     monkeypatch.setattr(train, "check_first_step", lambda *_: checked.append(len([*seen.values()][-1]) - 1))
     for n, flags in enumerate(("", "--method erm", "--prototypes shuffled", "--align otp", "--seed 1")):
         trained(tmp_path / str(n), *world["flags"], *flags.split(), "--steps", 2)
@@ -316,7 +323,7 @@ def test_too_little_shared_memory_is_said_before_step_0_and_evaluation_takes_few
 
 def test_several_processes_ask_each_other_for_a_stop_signal_in_every_tenth_step_alone_and_stop_together(world, tmp_path, monkeypatch):
     """One process of the two that there would be: it has a signal at step 3, and may not leave before the other knows of it."""
-    rate, reduce, steps, asked = train.learning_rate, train.sum_over_processes, [], []
+    rate, reduce, steps, asked = train.learning_rate, machine.sum_over_processes, [], []
 
     def at(step, total):
         steps.append(step)
@@ -330,7 +337,7 @@ def test_several_processes_ask_each_other_for_a_stop_signal_in_every_tenth_step_
         return reduce(x)
 
     monkeypatch.setattr(train, "learning_rate", at)
-    monkeypatch.setattr(train, "sum_over_processes", spy)
+    monkeypatch.setattr(machine, "sum_over_processes", spy)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         with pytest.raises(data.UserError, match="stopped by a signal after step 10,"):
@@ -395,7 +402,7 @@ BAD_FLAGS = {flags.strip(): flags.strip() for flags in """--crop 0, --steps 0, -
 
 @pytest.mark.parametrize("flags, told", BAD_FLAGS.items())
 def test_a_value_that_cannot_be_is_one_sentence_before_any_training(flags, told, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "backward", lambda *a: pytest.fail("trained"))
+    monkeypatch.setattr(ppar, "objective", lambda *a, **k: pytest.fail("trained"))
     sentence = main(*world["flags"], "--out", tmp_path / "run", *flags.split())
     assert is_one_sentence(sentence) and told in sentence
     assert not (tmp_path / "run").exists()
@@ -513,19 +520,15 @@ def test_the_processes_of_one_machine_share_its_cores(processes, loaders, monkey
     assert runpy.run_path(train.__file__)["LOADERS"] == loaders
 
 
-def test_the_closing_words_show_the_best_rivals_by_the_search_beside_a_run_of_the_default_recipe_alone(capsys, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "results")
-    import fight
-    lines, best = fight.ablate.read(ROOT / "results/fight.csv"), fight.chosen(fight.ablate.read(ROOT / "results/search.csv"))
-    cases = ((True, {}, "toy-gta5", 1), (False, {}, "toy-dev", 1), (False, dict(steps=20), "toy-gta5", 1), (False, {}, "toy-gta5", 0))
-    for shown, flags, target, unseen in cases:
-        results = dict(targets=dict.fromkeys(["toy-bdd"] * unseen + [target]), mean_over=["toy-bdd"] * unseen)
-        train.closing_words(train.configure(flags | dict(out="there")), results)
+def test_the_closing_words_name_the_mean_over_unseen_domains_the_picture_to_open_and_the_next_command(capsys):
+    rows = {"toy-gta5": dict(unseen=False), "toy-bdd": dict(unseen=True)}
+    for mean, targets, figures in ((40.125, rows, True), (40.125, rows, False), (None, {"toy-gta5": rows["toy-gta5"]}, True)):
+        train.closing_words(train.configure(dict(out="there", figures=figures)), dict(targets=targets, mean=mean))
         said = capsys.readouterr().out
-        for row in (f"{method}-{best[method][0]}" for method in fight.headline(best)[1:]):
-            bdd, gta5 = (np.mean([*fight.ablate.column(lines, row, name).values()]) for name in ("toy-bdd", "toy-gta5"))
-            assert (f"({row} in results/fight.csv, 5 seeds): bdd {bdd:.1f}, gta5 {gta5:.1f}, mean {bdd:.1f}\n" in said) == shown
-        assert shown == ("settings" in said) and "python bound.py there" in said and "python figures.py there --compare OTHER" in said
+        assert ("mean IoU over the unseen domains: 40.1 %\n" in said) == (mean is not None)
+        assert (os.path.join("there", "predictions_toy-bdd.png") in said) == (figures and "toy-bdd" in targets)
+        assert "predictions_toy-gta5" not in said
+        assert "python bound.py there" in said and "python figures.py there --compare OTHER" in said
 
 
 def test_erm_is_the_method_with_every_switch_off_and_nothing_else():

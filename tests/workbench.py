@@ -10,6 +10,7 @@ from make_clip import make_clip
 
 import data
 import evaluate
+import machine
 import model
 import ppar
 import train
@@ -25,7 +26,7 @@ def unit_rows(number, dim, seed=0):
 
 def main(*flags, scored=False, every=1):
     """train.main in this process, every step logged (or as told) -> None, or the sentence that it ended with."""
-    score = evaluate.evaluate_targets if scored else lambda *args, **kwargs: dict(targets={})
+    score = evaluate.evaluate_targets if scored else lambda *args, **kwargs: dict(targets={}, mean=None)
     flags = [*flags] if scored else [*flags, "--no-figures"]
     with mock.patch.object(evaluate, "evaluate_targets", score), mock.patch.object(train, "LOG_EVERY", every):
         try:
@@ -61,11 +62,25 @@ def one_batch(config, world, step=0):
     return data.normalise(image), label.long()
 
 
+def backward(module, image, label, config, step, autocast=contextlib.nullcontext):
+    """Forward, loss and backward as the loop of train.py has them -> (terms, at, outputs of the batch)."""
+    def objective(out):
+        return ppar.objective(out, module.otp, label, config, step)
+
+    if config.micro_batch:
+        return machine.backward_in_parts(module, image, config.micro_batch, objective, autocast)
+    with autocast():
+        out = module(image)
+    terms, at = objective(out)
+    sum(terms.values()).backward()
+    return terms, at, out
+
+
 def one_step(config, image, label, step, module=None):
-    """(row, gradients, module) of one train.backward on fresh weights."""
+    """(row, gradients, module) of one backward on fresh weights."""
     module = module or ppar.build(config)[0].train()
     module.zero_grad(set_to_none=True)
-    terms, _, _ = train.backward(module, image, label, config, step, contextlib.nullcontext)
+    terms, _, _ = backward(module, image, label, config, step)
     row = {name: term.item() for name, term in terms.items()}
     return dict(row, loss=sum(row.values())), {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}, module
 
