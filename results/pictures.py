@@ -4,11 +4,11 @@
     python results/pictures.py runs/full runs/erm
     python results/pictures.py
 
+task.png     what the task is: a source scene with its label, and scenes of three domains that training never sees
+diagram.png  from one batch of images to the loss of Eq. 7, with the shapes of the default run
 gallery.png  the drawn domains, three scenes of each beside their labels
 noise.png    what a seed does to a score, from results/toy.csv; its sentence goes into results/README.md
 strip.png    one scene of an unseen domain: image, truth, the baseline's prediction, the method's
-method.png   one source scene in CLIP's space: its cells (Eq. 6 as size), both prototypes of each class (Eq. 1 and 2), and
-             the path of the goal from one to the other (Eq. 4), in the plane of the largest variance of all of them
 walk_*.png   figures of the first run, drawn again beside the second, for the walk in results/README.md
 """
 
@@ -19,19 +19,72 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
 import ablate  # noqa: E402
-import align  # noqa: E402
 import checkpoint  # noqa: E402
 import data  # noqa: E402
 import figures  # noqa: E402
-import ppar  # noqa: E402
 import toy  # noqa: E402
 from evaluate import make_scorer, predict  # noqa: E402
+
+
+def task(path):
+    """One line of panels: what training sees, and what the network is asked afterwards."""
+    image, label, _ = toy.draw("toy-gta5", "train", 0)
+    row = {"training sees:\nan image of the source domain": image, "training sees:\nits label, one class a pixel": label}
+    for domain, index in (("snow", 5), ("fog", 2), ("night", 0)):
+        row[f"asked later, never seen:\nthe domain {domain}"] = toy.draw(f"toy-{domain}", "val", index)[0]
+    return figures.figure_predictions(path, [row], inches=3)
+
+
+# The diagram: (name, text, x, y) of each box, and the arrows between boxes. x in 0 .. 12, y in 0 .. 6.
+BOXES = (
+    ("names", "19 class names", 1.3, 5.3, "input"),
+    ("image", "batch of images\n(8, 3, 96, 96)", 1.3, 3.2, "input"),
+    ("label", "labels\n(8, 96, 96)", 1.3, 0.7, "input"),
+    ("text", "CLIP text encoder\nfrozen", 4.0, 5.3, "frozen"),
+    ("frozen", "CLIP image encoder\nfrozen copy", 4.0, 4.0, "frozen"),
+    ("net", "CLIP image encoder\ntrained", 4.0, 2.4, "trained"),
+    ("otp", "OTP, Eq. 1\n(19, 64)", 6.8, 5.3, "value"),
+    ("vtp", "VTP, Eq. 2\n(8, 19, 64)", 6.8, 4.0, "value"),
+    ("z", "pixel embeddings z\n(8, 64, 12, 12)", 6.8, 2.4, "value"),
+    ("decoder", "decoder, trained\nlogits (8, 19, 24, 24)", 6.8, 1.1, "trained"),
+    ("goal", "alignment target, Eq. 4\nbetween OTP and VTP", 9.4, 4.65, "value"),
+    ("weight", "weights w, Eq. 5 and 6\nby decoder and frozen CLIP\n(8, 96, 96)", 9.4, 0.05, "value"),
+    ("align", "alignment loss\nEq. 3", 11.6, 3.2, "loss"),
+    ("seg", "segmentation loss\ncross-entropy", 11.6, 1.3, "loss"),
+)
+ARROWS = (("names", "text"), ("image", "frozen"), ("image", "net"), ("text", "otp"), ("frozen", "vtp"), ("otp", "vtp"), ("net", "z"),
+          ("z", "decoder"), ("otp", "goal"), ("vtp", "goal"), ("goal", "align"), ("z", "align"), ("decoder", "seg"),
+          ("label", "weight"), ("decoder", "weight"), ("weight", "seg"), ("weight", "align"))
+FILL = dict(input="white", frozen="lightsteelblue", trained="navajowhite", value="whitesmoke", loss="mistyrose")
+
+
+def diagram(path):
+    """Boxes are arrays and parts of the network, arrows say what is computed from what."""
+    fig = Figure((13, 6.2), layout="constrained", dpi=110)
+    ax = fig.subplots()
+    boxes = {}
+    for name, text, x, y, kind in BOXES:
+        frame = dict(boxstyle="round,pad=0.5", fc=FILL[kind], ec="0.4")
+        boxes[name] = ax.text(x, y, text, ha="center", va="center", fontsize=10, zorder=3, bbox=frame)
+    for kind, said in (("frozen", "never trained"), ("trained", "trained"), ("value", "computed"), ("loss", "loss")):
+        ax.plot([], [], "s", color=FILL[kind], markeredgecolor="0.4", markersize=12, label=said)
+    ax.legend(loc="upper right", ncols=2, frameon=False, fontsize=10)
+    ax.set(xlim=(0, 12.7), ylim=(-0.6, 6))
+    ax.set_axis_off()
+    FigureCanvasAgg(fig).draw()  # now the boxes have their sizes, and arrows can end at their borders
+    for start, end in ARROWS:
+        a, b = boxes[start], boxes[end]
+        ends = dict(patchA=a.get_bbox_patch(), patchB=b.get_bbox_patch(), shrinkA=3, shrinkB=3)
+        ax.annotate("", b.get_position(), a.get_position(), zorder=1, arrowprops=dict(arrowstyle="-|>", color="0.4", **ends))
+    checkpoint.write_atomically(path, lambda file: fig.savefig(file, format="png"))
+    print("figure:", path)
 
 
 def gallery(path):
@@ -87,50 +140,17 @@ def strip(path, run, baseline, domain="toy-snow", index=5):
     return figures.figure_predictions(path, [row])
 
 
-def method(path, run, index=3, least=6):
-    """Cells, prototypes and paths of the classes that at least `least` cells of a harmful source scene are labelled with."""
-    image, label, _ = toy.draw("toy-gta5", "train", index, harmful=1.0)
-    out, padded, grid = ppar.look(run.ppar, data.to_tensor(image), label)
-    otp, vtp = run.ppar.otp, out.vtp[0]
-    weight = align.labels_on_grid(ppar.learning_weights(out, otp, padded, run.config, ramp=1.0), out.emb)[0]
-    present = [c for c in range(len(data.CLASSES)) if (grid == c).sum() >= least]
-    chosen = torch.isin(grid[0], torch.tensor(present))
-    cells, names, weight = out.emb[0].permute(1, 2, 0)[chosen], grid[0][chosen], weight[chosen]
-    points = torch.cat([cells, otp[present], vtp[present]])
-    centre = points.mean(dim=0)
-    axes = torch.linalg.svd(points - centre, full_matrices=False).Vh[:2].T  # (D, 2): two main directions
-
-    fig = Figure(figsize=(9, 6.5), layout="constrained")
-    ax = fig.subplots()
-    ax.scatter(*((cells - centre) @ axes).T, s=4 + 40 * weight, c=data.COLORS[names] / 255, alpha=0.7, linewidths=0)
-    goals = torch.stack([align.goal(otp, out.vtp, lam).view(otp.shape) for lam in np.linspace(1, 0, 20)])  # (20, K, D)
-    for c in present:
-        line = (goals[:, c] - centre) @ axes
-        colour = data.COLORS[c] / 255
-        ax.plot(*line.T, color=colour, linewidth=2)
-        for at, marker in ((0, "*"), (-1, "D")):
-            ax.scatter(*line[at], s=260 if marker == "*" else 70, marker=marker, color=[colour], edgecolors="black", zorder=3)
-        ax.annotate(data.CLASSES[c], line[0], textcoords="offset points", xytext=(8, 6), fontsize=10)
-    for marker, text, size in (("*", "OTP: the class's name (Eq. 1)", 14), ("D", "VTP: after a look at the image (Eq. 2)", 7),
-                               ("o", "cell whose label is believed (Eq. 6)", 7), (".", "cell whose label is not", 4)):
-        ax.plot([], [], marker, color="0.6", markeredgecolor="black" if marker in "*D" else "0.6", markersize=size, label=text)
-    ax.plot([], [], color="0.6", linewidth=2, label="path of the goal while training goes on (Eq. 4)")
-    ax.legend(frameon=False, fontsize=9)
-    ax.set(xticks=[], yticks=[])
-    checkpoint.write_atomically(path, lambda file: fig.savefig(file, dpi=110, format="png"))
-    return path
-
-
 def main(*runs):
     if not runs:
         lines = ablate.read(ROOT / "results" / "toy.csv")
         noise(ROOT / "results" / "noise.png", lines)
         ablate.put(ROOT / "results" / "README.md", "noise", noise_sentence(lines))
+        task(ROOT / "results" / "task.png")
+        diagram(ROOT / "results" / "diagram.png")
         return gallery(ROOT / "results" / "gallery.png")
     with torch.no_grad():
         full, baseline = map(checkpoint.load_run, runs)
         strip(ROOT / "results" / "strip.png", full, baseline)
-        print("figure:", method(ROOT / "results" / "method.png", full))
         figures.draw_figures(full, baseline)
     for name in ("curves", "embedding", "reliability", "predictions_toy-night"):
         print("figure:", shutil.copy(full.path / f"{name}.png", ROOT / "results" / f"walk_{name}.png"))
