@@ -24,6 +24,7 @@ Not here: the drawn world behind the toy-* names (toy.py), batches (train.py), t
 import argparse
 import contextlib
 import functools
+import hashlib
 import math
 import os
 import re
@@ -64,6 +65,7 @@ JITTER = 0.4             # brightness, contrast and saturation are multiplied by
 HUE = 0.1                # turns of the colour circle, either way
 BLUR = (0.5, 0.15, 1.3)  # probability, least and largest sigma in pixels
 PATIENCE = 10            # bad pairs in a row that training survives
+NOT_OFFICIAL = "these are not the official labels, or a program has changed them; fetch them again"
 
 
 class UserError(ValueError):
@@ -107,6 +109,31 @@ TABLES = {
     "camvid": _table(range(12), _CAMVID),
 }
 
+# The 66 colours of Mapillary Vistas v1.2, in the order of its ids (its config.json; the zip of v2.0
+# holds the labels of v1.2 with the same ones). They are needed to see whether a file still holds ids.
+_MAPILLARY_COLOURS = (
+    (165, 42, 42), (0, 192, 0), (196, 196, 196), (190, 153, 153), (180, 165, 180), (90, 120, 150),
+    (102, 102, 156), (128, 64, 255), (140, 140, 200), (170, 170, 170), (250, 170, 160), (96, 96, 96),
+    (230, 150, 140), (128, 64, 128), (110, 110, 110), (244, 35, 232), (150, 100, 100), (70, 70, 70),
+    (150, 120, 90), (220, 20, 60), (255, 0, 0), (255, 0, 100), (255, 0, 200), (200, 128, 128),
+    (255, 255, 255), (64, 170, 64), (230, 160, 50), (70, 130, 180), (190, 255, 255), (152, 251, 152),
+    (107, 142, 35), (0, 170, 30), (255, 255, 128), (250, 0, 30), (100, 140, 180), (220, 220, 220),
+    (220, 128, 128), (222, 40, 40), (100, 170, 30), (40, 40, 40), (33, 33, 33), (100, 128, 160),
+    (142, 0, 0), (70, 100, 150), (210, 170, 100), (153, 153, 153), (128, 128, 128), (0, 0, 80),
+    (250, 170, 30), (192, 192, 192), (220, 220, 0), (140, 140, 20), (119, 11, 32), (150, 0, 255),
+    (0, 60, 100), (0, 0, 142), (0, 0, 90), (0, 0, 230), (0, 80, 100), (128, 64, 64), (0, 0, 110),
+    (0, 0, 70), (0, 0, 192), (32, 32, 32), (120, 10, 10), (0, 0, 0))
+
+# Label files that come with a palette, and the official colour of each id. Tables that are not here
+# belong to data sets whose labels are 8-bit greyscale files (SYNTHIA, which is 16-bit, apart).
+# GTA5: an id with a class has that class's colour. Two ids without a class share one: a pole group
+# (18) looks like a pole and a licence plate (34) like a car. All others are any colour of no class.
+PALETTES = {
+    "gta5": {raw: tuple(COLORS[c].tolist()) for raw, c in _CITYSCAPES.items()}
+    | {18: (153, 153, 153), 34: (0, 0, 142)},
+    "mapillary": dict(enumerate(_MAPILLARY_COLOURS)),
+}
+
 
 def _id_table(table, mapillary):
     require(mapillary in ("A", "B"), f"there is no Mapillary convention {mapillary!r}: choose A or B.")
@@ -128,7 +155,11 @@ class Spec:
     """How a data set is stored. A layout is (images, labels): an image and its label fill every `*` with the same text.
 
     {split} is the split's folder. A layout without it is one undivided pile: there is no official val split, and pairs may be withheld
-    from train to be one. `?` in a name is anything (weather), and images may end in .png, .jpg or .jpeg, whatever the layout shows.
+    from train to be one. Images may end in .png, .jpg or .jpeg, whatever the layout shows.
+
+    `?` in a name is the suffix of a foggy or rainy version of a frame (WEATHER), or nothing. Foggy
+    Cityscapes has three versions of each frame, and each is a pair, with the frame's label. Whoever
+    wants one of the three keeps only its files in the folder.
     """
 
     folder: str
@@ -136,6 +167,11 @@ class Spec:
     layouts: tuple = ()     # in order of preference
     splits: tuple = ("train", "val")
 
+
+# The suffixes of Foggy Cityscapes (_foggy_beta_0.02) and of RainCityscapes (_rain_alpha_0.02_beta_...).
+# Anything else beside a picture, such as a prediction saved there (_pred), is no picture.
+WEATHER = r"(?:_(?:foggy|rain)(?:_(?:alpha|beta|dropsize|pattern)_[0-9.]*[0-9])+)?"
+PICTURE, LABEL = "(?i:png|jpe?g)", "(?i:png)"  # how their names end, in capitals, too
 
 DATASETS = {
     "gta5": Spec("gta5", "gta5", (("images/{split}/*.png", "labels/{split}/*.png"), ("images/*.png", "labels/*.png")),
@@ -170,22 +206,30 @@ class Item:
     label: str             # a path, or "" for a drawn scene, whose label comes with it
     table: str             # how the label's ids are to be read
     harmful: float = 0.0   # drawn scenes only: fraction of the training scenes with wrong regions
+    name: str = ""         # what fills the `*`s, joined by "/": who the pair is, in whatever folder
 
 
-def list_items(name, root, split, holdout=0, harmful=0.0):
+def list_items(name, root, split, holdout=0, harmful=0.0, withheld=None):
     """The pairs of a data set's "train" or "val" split, sorted. Opens no file, so that it answers at once.
 
-    holdout    gta5 and synthia have no val split. With holdout = N, N pairs evenly spaced over train are withheld from
-               it and are val: evenly, to see all places and weathers. Data sets that have a val split ignore it.
+    holdout    gta5 and synthia have no val split. With holdout = N, N pairs of train are withheld from
+               it and are val: those with the smallest hash of their name. A hash spreads them over
+               all places and weathers. It also belongs to the pair alone: when another pair is
+               removed, this one stays where it was. Data sets that have a val split ignore holdout.
     harmful    toy-* only: see toy.py
+    withheld   names (Item.name) that a finished run withheld. "val" is then exactly these pairs and
+               "train" all others, whatever holdout says: files may have come or gone since.
+               Drawn scenes ignore it.
+
+    UserError: the first thing that is wrong with the folders, and how many more things are.
     """
-    items, problems = _list(name, root, split, holdout, harmful)
+    items, problems = _list(name, root, split, holdout, harmful, withheld)
     if problems:
         raise UserError(problems[0] + f" (And {len(problems) - 1} more: --check lists them.)" * (len(problems) > 1))
     return items
 
 
-def _list(name, root, split, holdout=0, harmful=0.0):
+def _list(name, root, split, holdout=0, harmful=0.0, withheld=None):
     """(items, problems), for list_items, which raises the first problem, and for --check, which prints them all.
 
     items is None where the split is not on disk: no fault of a data set that is only wanted for its other one.
@@ -194,20 +238,70 @@ def _list(name, root, split, holdout=0, harmful=0.0):
     require(split in ("train", "val"), f"there is no split {split!r}: choose train or val.")
     spec = DATASETS[name]
     if not spec.layouts:
-        return [Item(name, f"{name}/{split}/{i}", "", "train", harmful if split == "train" else 0.0)
-                for i in range(TOY_SCENES[split])], []
+        harmful = harmful if split == "train" else 0.0
+        names = [f"{split}/{i}" for i in range(TOY_SCENES[split])]
+        return [Item(name, f"{name}/{own}", "", "train", harmful, own) for own in names], []
     require(not harmful, f"{name}: harmful scenes (--harmful {harmful}) can only be drawn: use a toy-* source, or 0.")
     require(os.path.isdir(root), f"the data root {root} is not a folder: give --data-root the one that holds {spec.folder}/.")
+    if withheld:
+        return _as_withheld(name, root, split, set(withheld))
+    if withheld is not None:
+        holdout = 0  # the run withheld nothing, so there is no pair that it was not trained on
     undivided = any("{split}" not in images for images, _ in spec.layouts)
-    withhold = undivided and (holdout or split == "val") and not _pairs(name, root, "val")[0]
-    items, problems = _pairs(name, root, "train" if withhold else split)
-    if not withhold or not items:
-        return items, problems
+    if not undivided or (split == "train" and not holdout):
+        return _pairs(name, root, split)
+
+    own_val, val_problems = _pairs(name, root, "val")
+    if own_val is None:
+        return _withhold(name, root, split, holdout)
+    if split == "val":
+        return own_val, val_problems
+    items, problems = _pairs(name, root, "train")
+    # A val split that is on disk but broken (images/val in the place of valid) has to be mended.
+    # Training without it, and without withholding others in its place, would break --holdout's word.
+    return items, problems + (val_problems if not own_val else [])
+
+
+def _withhold(name, root, split, holdout):
+    """_list's answer for a data set without a val split on disk, from the pairs of train."""
+    every, problems = _pairs(name, root, "train")
+    if not every:
+        return every, problems
     if not holdout:
         return None, [f"{name} has no val split on disk: give --holdout N (of a source, when it is trained on) to withhold N pairs."]
-    held = {int((i + 0.5) * len(items) / holdout) for i in range(holdout)}
-    chosen = [item for i, item in enumerate(items) if (i in held) == (split == "val")]
-    require(chosen, f"{name}: --holdout {holdout} of {len(items)} pairs leaves no {split} split: change it.")
+    most = len(every) if split == "val" else len(every) - 1
+    require(holdout <= most, f"{name}: --holdout {holdout} of {len(every)} pairs leaves no train split: change it.")
+    held = set(sorted(every, key=_lot)[:holdout])
+    return [item for item in every if (item in held) == (split == "val")], problems
+
+
+def _lot(item):
+    """The lot that a pair draws for --holdout: a hash of its name.
+
+    It is the same on every machine, which Python's own hash() is not. It depends on no other
+    pair, which a place in the list does: there, one removed pair would move all that follow.
+    """
+    text = f"{item.dataset}/{item.name}"
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()  # names are any bytes
+
+
+def _as_withheld(name, root, split, withheld):
+    """_list's answer where a run's withheld names are known: "val" is these pairs, "train" all others."""
+    every, problems = _pairs(name, root, "train")
+    own_val, val_problems = _pairs(name, root, "val")
+    if withheld <= {item.name for item in own_val or []}:  # the data set's own val split
+        own_val = [item for item in own_val if item.name in withheld]
+        return (every, problems) if split == "train" else (own_val, val_problems)
+    if split == "train":
+        return every and [item for item in every if item.name not in withheld], problems
+    # The data set may have been divided since (images/valid), so both of its folders are searched.
+    chosen = [item for item in [*(every or []), *(own_val or [])] if item.name in withheld]
+    missing = sorted(withheld - {item.name for item in chosen})
+    if missing:
+        folder = os.path.join(root, DATASETS[name].folder)
+        problems = [*problems, f"{name}: {len(missing)} of the {len(withheld)} pairs that the run withheld are "
+                    f"not in {folder}, the first is {missing[0]}: put them back, because scores over "
+                    "different pairs cannot be compared."]
     return chosen, problems
 
 
@@ -215,40 +309,103 @@ def _pairs(name, root, split):
     """_list's answer for a split on disk, from the first layout that has both images and labels."""
     spec, some_images = DATASETS[name], False
     folder = os.path.join(root, spec.folder)
-    layouts = [[part.format(split=spec.splits[split == "val"]) for part in layout] for layout in spec.layouts
-               if "{split}" in layout[0] or split == "train"]
+    own = spec.splits[split == "val"]
+    usable = [layout for layout in spec.layouts if "{split}" in layout[0] or split == "train"]
+    layouts = [[part.format(split=own) for part in layout] for layout in usable]
     for images, labels in layouts:
-        found = sorted(_walk(folder, images, "(?i:png|jpe?g)"))
-        labelled = {key for _, key in _walk(folder, labels, "png")} if found else ()
-        if labelled:
-            table = "train" if labels.endswith("TrainIds.png") else spec.table
-            fill = labels.replace("*", "{}").format
-            pairs = [(Item(name, path, os.path.join(folder, fill(*key)), table), key in labelled) for path, key in found]
-            return ([item for item, complete in pairs if complete],
-                    [f"{item.image} has no label: looked for {item.label}; fetch it or remove the image."
-                     for item, complete in pairs if not complete])
-        some_images |= bool(found)
+        pictures = sorted(_walk(folder, images, PICTURE))
+        masks = sorted(_walk(folder, labels, LABEL)) if pictures else []
+        if masks:
+            return _match(name, folder, images, labels, pictures, masks)
+        some_images |= bool(pictures)
+    if misnamed := _misnamed(folder, usable, split, own):
+        return [], [f"{misnamed} is there, but {name}'s {split} split is called `{own}`: rename the folder, "
+                    "of images and of labels."]
     what = "images but no label" if some_images else "no images"
     # Cityscapes' folders of other weathers are left unsaid.
     tree = "\n or\n".join(f"  {folder}/{images}\n  {folder}/{labels}" for images, labels in layouts[:4]).replace("?", "")
     return [] if some_images else None, [f"the {split} split of {name} has {what}; expected tree:\n{tree}"]
 
 
+def _match(name, folder, images, labels, pictures, masks):
+    """Pair the files of a layout -> (items, problems).
+
+    pictures, masks: what _walk found, sorted. Both sides are looked at. A picture without a label,
+    a label without a picture and two files in one place are problems: the folder is then not as
+    the download left it, and which file is the right one cannot be guessed.
+    """
+    def expected(pattern, key):
+        return os.path.join(folder, pattern.replace("?", "").replace("*", "{}").format(*key))
+
+    table = "train" if labels.endswith("TrainIds.png") else DATASETS[name].table
+    items, problems = [], []
+    label_of = {}
+    for path, key, _ in masks:
+        if key in label_of:  # a.png beside a.PNG
+            problems.append(f"{label_of[key]} and {path} are two labels for one picture: remove one.")
+        label_of.setdefault(key, path)
+    picture_of = {}
+    for path, key, weather in pictures:
+        other = picture_of.setdefault((key, weather), path)
+        if other != path:  # a.png beside a.jpg
+            problems.append(f"{other} and {path} are two pictures for one label: remove one.")
+        elif key not in label_of:
+            problems.append(f"{path} has no label: looked for {expected(labels, key)}; "
+                            "fetch it or remove the image.")
+        else:
+            items.append(Item(name, path, label_of[key], table, name="/".join(key) + weather))
+    # RainCityscapes has rain for a few of the frames, and gtFine has the labels of all of them.
+    if any(weather for _, weather in picture_of):
+        return items, problems
+    frames = {key for key, _ in picture_of}
+    for path, key, _ in masks:
+        if key not in frames and not _made_from(key, frames):
+            problems.append(f"{path} has no picture: looked for {expected(images, key)}; "
+                            "fetch it or remove the label.")
+    return items, problems
+
+
+def _made_from(key, frames):
+    """Whether a label was made from a frame's own, as 00001_labelTrainIds.png is from 00001.png.
+
+    Other projects' scripts leave such files beside the labels. They are no pair's, and no problem.
+    """
+    *folders, last = key
+    words = last.split("_")
+    return any((*folders, "_".join(words[:n])) in frames for n in range(1, len(words)))
+
+
+def _misnamed(folder, layouts, split, own):
+    """The folder of a split under the name that another data set gives it, or None."""
+    names = ("val", "valid", "validation") if split == "val" else ("train", "training")
+    for pattern in (part for layout in layouts for part in layout):
+        top = pattern.split("*")[0]
+        for other in names if "{split}" in top else ():
+            path = os.path.join(folder, top.format(split=other)).rstrip("/")
+            if other != own and os.path.isdir(path):
+                return path
+    return None
+
+
 def _walk(folder, pattern, ends):
-    """(path, key) of the files that match, key = what stands for the `*`s. Each folder is listed once and no file is
-    asked for anything: over a network 50,000 questions take minutes."""
+    """(path, key, weather) of the files that match: key is what stands for the `*`s, weather what
+    stands for the `?`. Each folder is listed once and no file is asked for anything: over a
+    network 50,000 questions take minutes."""
     def refuse(error):  # a folder that is silently skipped would make another data set of this one
         require(isinstance(error, (FileNotFoundError, NotADirectoryError)),
                 f"{error.filename} cannot be listed ({error.strerror}): see to its permissions or its disk.")
 
     stem = os.path.splitext(pattern)[0]
-    name = re.escape(stem).replace(r"\*", "([^/.][^/]*)").replace(r"\?", "[^/]*")  # not ._00001.png, which a Mac leaves
+    name = re.escape(stem).replace(r"\*", "([^/.][^/]*)")  # not ._00001.png, which a Mac leaves
+    # The last group is the weather. Patterns without a `?` get one that matches nothing.
+    name = name.replace(r"\?", f"({WEATHER})") if "?" in stem else name + "()"
     top = os.path.join(folder, os.path.dirname(stem.split("*")[0]))
     for place, _, files in os.walk(top, onerror=refuse, followlinks=True):
         below = os.path.relpath(place, folder).replace(os.sep, "/")
         for file in files:
             if match := re.fullmatch(rf"{name}\.{ends}", f"{below}/{file}"):
-                yield os.path.join(place, file), match.groups()
+                *key, weather = match.groups()
+                yield os.path.join(place, file), tuple(key), weather
 
 
 def evenly(items, number):
@@ -268,9 +425,19 @@ def load_pair(item, mapillary="A"):
 
 
 def check_pairs(items, mapillary="A"):
-    """Open 32 pairs in full, evenly spaced (all of a small list), so that training starts at once; `--check` reads them all."""
-    for item in evenly(items, 32):
-        load_pair(item, mapillary)
+    """Open 32 pairs in full, evenly spaced (all of a small list), so that training starts at once; `--check` reads them all.
+
+    UserError: a pair that cannot be read, or no pixel with a class in any of those opened. Nothing
+    else would notice the latter: a mean over no pixels is 0, and so is the loss of each step.
+    """
+    labelled = 0
+    opened = evenly(items, 32)
+    for item in opened:
+        _, label = load_pair(item, mapillary)
+        labelled += np.count_nonzero(label != VOID)
+    if opened and not labelled:
+        raise UserError(f"no pixel in {len(opened)} pairs of {opened[0].dataset} has a class, the first label "
+                        f"is {opened[0].label}: {NOT_OFFICIAL}.")
 
 
 def shared_memory():
@@ -312,20 +479,81 @@ def _drawn(item):
 
 
 def _open_label(item):
-    """The raw ids as a Pillow image of one 8-bit channel. P mode keeps its indices: colours are never looked at."""
+    """The raw ids as a Pillow image of one 8-bit channel, from a file stored as the data set ships it.
+
+    It is not enough that the numbers are in range. Tools that shrink a PNG (optipng, pngquant) or
+    copy it (ImageMagick) keep the colours and number them anew. Such a file looks the same in any
+    viewer, but its numbers are positions in a new palette, and they read as other classes.
+    """
     if not item.label:
         return _drawn(item)[1]
+    remedy = f"use the official label files of {item.dataset}, as they were downloaded."
     with _reading(item.label) as label:
-        if item.table == "synthia" and label.mode == "RGB":
-            # SYNTHIA stores class and instance as 16-bit channels, high byte first. Pillow keeps the high byte of each,
-            # and every class becomes 0. Told that the low byte comes first, it keeps the other, which is the class.
-            if label.tile[0][3] == "RGB;16B":
-                label.tile = [(*label.tile[0][:3], "RGB;16L")]
-            label = label.getchannel("R")
+        require(label.format == "PNG", f"{item.label} is a {label.format} file and no PNG: {remedy}")
+        stored = label.tile[0][3]  # as the file has it; the mode is what Pillow makes of that
+        if item.table == "synthia":
+            return _synthia_classes(item, label, stored, remedy)
+        require(label.mode in ("L", "P"), f"{item.label} is stored as {label.mode} and not as ids in "
+                f"one 8-bit channel: {remedy}")
+        # Of grey in 1, 2 or 4 bits Pillow makes shades over all of 0 to 255: 4-bit id 5 becomes 85.
+        require(label.mode == "P" or stored == "L", f"{item.label} has fewer than 8 bits a pixel, so "
+                f"a program has changed how its ids are stored: {remedy}")
         label.load()
-    require(label.mode in ("L", "P"), f"{item.label} is stored as {label.mode} and not as ids in one 8-bit channel: use "
-            f"the official label files of {item.dataset}.")
+    if label.mode == "P":
+        _check_palette(item, label, remedy)
     return label
+
+
+def _synthia_classes(item, label, stored, remedy):
+    """SYNTHIA's label file, opened but not loaded -> its classes as an image of one 8-bit channel.
+
+    Class and instance are 16-bit channels, high byte first. Pillow keeps the high byte of each, and
+    every class becomes 0. Told that the low byte comes first, it keeps the other: the class.
+    """
+    require(stored == "RGB;16B", f"{item.label} is not stored as RGB with 16 bits a channel, so a program "
+            f"has saved it again and its classes are lost: {remedy}")
+    label.tile = [(*label.tile[0][:3], "RGB;16L")]
+    label.load()
+    # A program may have taken RGB for BGR. Officially, what has an instance has a class, too. So we
+    # refuse a file in which most numbers stand where the class is 0. A thin sample shows that.
+    sample = np.asarray(label.resize((label.width // 8 + 1, label.height // 8 + 1), Image.NEAREST))
+    has_class = sample[..., 0] > 0
+    has_other = (sample[..., 1:] > 0).any(-1)
+    require((has_other & ~has_class).sum() <= has_class.sum(),
+            f"{item.label} has its classes in another channel than the first: {remedy}")
+    return label.getchannel("R")
+
+
+def _check_palette(item, label, remedy):
+    """Refuse a label in P mode in which an id that occurs has a colour that it should not have."""
+    wrong = _wrong_colours(item.table, bytes(label.getpalette("RGB")))
+    if wrong.any():  # never in official files. Counting the ids that occur takes as long as decoding
+        wrong = wrong & (np.array(label.histogram()) > 0)
+    require(not wrong.any(), f"{item.label} gives id {', '.join(map(str, np.flatnonzero(wrong)[:8]))} a "
+            "colour that is not its own, so a program (such as optipng or ImageMagick) has numbered "
+            f"the colours anew: {remedy}")
+
+
+@functools.lru_cache(maxsize=64)  # nearly all files of a data set have the same palette
+def _wrong_colours(table, palette):
+    """(256,) bool: the ids to which this palette (bytes, RGB RGB ...) gives a wrong colour.
+
+    Where the official files are greyscale, id n has to be grey n: the file was only given a palette.
+    Where they have a palette, an id with a class has to have its own colour. An id without a class
+    may have any colour that is no class's: releases differ in those, and no class is lost by it.
+    """
+    colour = np.frombuffer(palette[:768].ljust(768, b"\0"), np.uint8).reshape(256, 3)
+    if table not in PALETTES:
+        return (colour != np.arange(256)[:, None]).any(1)
+    wrong = np.zeros(256, bool)  # of ids outside the table, too: those are refused whatever their colour
+    tables = [TABLES[name] for name in TABLES if name.split("-")[0] == table]  # Mapillary's two
+    official = PALETTES[table]
+    with_class = {raw for raw in official if any(ids[raw] < len(CLASSES) for ids in tables)}
+    taken = {official[raw] for raw in with_class}
+    for raw in np.flatnonzero(tables[0] != UNKNOWN).tolist():
+        found = tuple(colour[raw].tolist())
+        wrong[raw] = found != official.get(raw) and (raw in with_class or found in taken)
+    return wrong
 
 
 def _open_image(item, size, rows=None):
@@ -339,7 +567,26 @@ def _open_image(item, size, rows=None):
         if rows and image.format == "PNG" and not image.info.get("interlace"):
             codec, (left, top, right, bottom), *rest = image.tile[0]
             image.tile = [(codec, (left, top, right, min(rows, bottom)), *rest)]
-        return image.convert("RGB")
+        return to_rgb(image, item.image)
+
+
+def to_rgb(image, path):
+    """A Pillow picture of any mode -> RGB, 8 bits a channel: of a data set, or a user's own.
+
+    16 bits   The high byte is kept (v // 256), of grey as of colours. Pillow does so for colours
+              alone. It cuts grey off at 255, and nearly all of the picture is white.
+    alpha     It is left out: colours count as they are stored, also where they are transparent.
+    32 bits   Whole or floating-point numbers are refused: no file says which number is white.
+    """
+    image.info.pop("transparency", None)  # it changes no colour, and Pillow would warn of it
+    # Older Pillows call 16-bit grey of a PNG "I", which otherwise means 32 bits.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        high = np.asarray(image) >> 8
+        return Image.fromarray(high.astype(np.uint8)).convert("RGB")
+    kind = {"I": "whole", "F": "floating-point"}.get(image.mode)
+    require(not kind, f"{path} holds {kind} numbers of 32 bits, and nothing says which of them is white: "
+            "save it with 8 bits a channel, as PNG or JPEG.")
+    return image.convert("RGB")
 
 
 @contextlib.contextmanager
@@ -515,6 +762,7 @@ def _report(title, items, mapillary):
     """Read all pairs of a split, on every core, and print sizes, ids and classes -> the problems."""
     with ProcessPoolExecutor() as pool:
         results = list(tqdm(pool.map(_examine, items, chunksize=8), title, len(items), unit="pair", disable=not items))
+    problems = [problem for problem, _, _ in results if problem]
     print(f"\n{title}: {len(items)} pairs")
     if read := [(size, count) for problem, size, count in results if not problem]:
         table, raw_ids = items[0].table, sum(count for _, count in read)
@@ -525,7 +773,20 @@ def _report(title, items, mapillary):
         print(f"  ids    {' '.join(map(str, np.flatnonzero(raw_ids)))} (of `{table}`)")
         print("  share  " + ", ".join(f"{c} {p:.2f} %" for c, p in percent.items() if p))
         print("  absent " + (", ".join(c for c, p in percent.items() if not p) or "none"))
-    return [problem for problem, _, _ in results if problem]
+        problems += _lacking(title, pixels)
+    return problems
+
+
+def _lacking(title, pixels):
+    """Print what looks odd. pixels: counts of the 19 classes and void -> the problem, if there is no class."""
+    if not pixels[:-1].any():
+        return [f"{title}: no pixel of any label has a class: {NOT_OFFICIAL}."]
+    absent = int((pixels[:-1] == 0).sum())
+    if pixels[-1] > pixels.sum() / 2:
+        print("  LOOK   more than half of all pixels are void: are these the official labels?")
+    if absent > len(CLASSES) / 2:
+        print(f"  LOOK   {absent} of {len(CLASSES)} classes never occur: are these the official labels?")
+    return []
 
 
 def _examine(item):

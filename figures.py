@@ -211,7 +211,9 @@ def segment_pictures(run, files):
     score, written = make_scorer(run.ppar, run.config), set()
     for file in files:
         try:
-            image = np.asarray(ImageOps.exif_transpose(Image.open(file)).convert("RGB"))
+            image = np.asarray(data.to_rgb(ImageOps.exif_transpose(Image.open(file)), file))
+        except UserError:  # to_rgb says what it refuses, and why
+            raise
         except Exception as error:
             raise UserError(f"{file} is no picture that can be read ({type(error).__name__}); give a JPEG or PNG.") from None
         pred = predict(score, data.to_tensor(image).to(run.ppar.otp.device), image.shape[:2])

@@ -29,6 +29,7 @@ import model
 import ppar
 import train
 import workbench
+from conftest import official_palette
 
 CPU = torch.device("cpu")
 TOWERS = {
@@ -121,7 +122,7 @@ def gta5_sized(folder, pairs=4):
         image = np.clip(np.asarray(coarse, np.int16) + rng.integers(-4, 5, (1052, 1914, 3)), 0, 255).astype(np.uint8)
         ids = np.array([7, 8, 11, 21, 23, 24, 26], np.uint8)[rng.integers(0, 7, (33, 60))]
         label = Image.fromarray(ids).resize((1914, 1052), Image.NEAREST)
-        label.putpalette(bytes(range(256)) * 3)
+        label.putpalette(official_palette("gta5"))
         Image.fromarray(image).save(Path(folder) / "gta5" / "images" / f"{i + 1:05d}.png")
         label.save(Path(folder) / "gta5" / "labels" / f"{i + 1:05d}.png")
     return data.list_items("gta5", folder, "train")

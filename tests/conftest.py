@@ -35,6 +35,26 @@ RAW = {  # train id -> raw id as stored, one of them where there are several; VO
     "camvid": {10: 0, 2: 1, 5: 2, 0: 3, 1: 4, 8: 5, 7: 6, 4: 7, 13: 8, 11: 9, 12: 10, VOID: 11},
 }
 
+LABEL_COLOURS = {  # of ids 0, 1, 2, ... as GTA5 and Mapillary v1.2 ship them: hexadecimal RGB
+    "gta5": """
+        000000 000000 000000 000000 141414 6f4a00 510051 804080 f423e8 faaaa0 e6968c 464646 66669c
+        be9999 b4a5b4 966464 96785a 999999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c ff0000
+        00008e 000046 003c64 00005a 00006e 005064 0000e6 770b20 00008e""".split(),
+    "mapillary": """
+        a52a2a 00c000 c4c4c4 be9999 b4a5b4 5a7896 66669c 8040ff 8c8cc8 aaaaaa faaaa0 606060 e6968c
+        804080 6e6e6e f423e8 966464 464646 96785a dc143c ff0000 ff0064 ff00c8 c88080 ffffff 40aa40
+        e6a032 4682b4 beffff 98fb98 6b8e23 00aa1e ffff80 fa001e 648cb4 dcdcdc dc8080 de2828 64aa1e
+        282828 212121 6480a0 8e0000 466496 d2aa64 999999 808080 000050 faaa1e c0c0c0 dcdc00 8c8c14
+        770b20 9600ff 003c64 00008e 00005a 0000e6 005064 804040 00006e 000046 0000c0 202020 780a0a
+        000000""".split(),
+}
+
+
+def official_palette(name):
+    """The palette of GTA5's or Mapillary's label files as Pillow takes it: 3 numbers an entry."""
+    return list(bytes.fromhex("".join(LABEL_COLOURS[name])))
+
+
 # (image, label) below the data set's folder, one per variant; s: the split's folder, i: a number
 LAYOUTS = {
     "gta5": [lambda s, i: (f"images/{i:05d}.png", f"labels/{i:05d}.png"),
@@ -95,8 +115,8 @@ def write_tiny(root, name, n=4, size=(48, 64), seed=0, split="train", layout=0, 
             write_png16(label, np.stack([raw, instance, 0 * raw], -1).astype(np.uint16))
         else:
             picture = Image.fromarray(raw)
-            if name in ("gta5", "mapillary"):  # P mode, with colours that do not tell all ids apart
-                picture.putpalette([(7 * v // 2) % 256 for v in range(256) for _ in range(3)])
+            if name in LABEL_COLOURS:  # P mode: the file holds ids, and colours beside them
+                picture.putpalette(official_palette(name))
             picture.save(label)
         pairs.append((str(image), str(label), classes))
     return sorted(pairs, key=lambda pair: pair[0])
@@ -111,12 +131,29 @@ def write_png16(path, pixels):
     height, width, _ = pixels.shape
     rows = pixels.astype(">u2").reshape(height, -1).view(np.uint8)
     up = np.diff(rows, axis=0, prepend=np.zeros_like(rows[:1]))
-    body = np.concatenate([np.full((height, 1), 2, np.uint8), up], 1).tobytes()
+    write_chunks(path, (width, height), 16, 2, np.concatenate([np.full((height, 1), 2, np.uint8), up], 1))
 
+
+def write_png(path, numbers, depth=8, palette=None):
+    """(H, W) numbers below 2 ** depth as PNG of 1, 2, 4, 8 or 16 bits: grey, or positions in a palette (3 numbers an entry).
+
+    The numbers are stored as they are. This is what tools write that Pillow cannot imitate.
+    """
+    height, width = numbers.shape
+    bits = (numbers[..., None].astype(np.uint16) >> np.arange(depth)[::-1]) & 1
+    rows = np.packbits(bits.reshape(height, -1).astype(np.uint8), axis=1)
+    body = np.concatenate([np.zeros((height, 1), np.uint8), rows], 1)
+    write_chunks(path, (width, height), depth, 0 if palette is None else 3, body, palette)
+
+
+def write_chunks(path, size, depth, kind, body, palette=None):
+    """A PNG file of rows of bytes, each with its filter's number in front. kind: 0 grey, 2 RGB, 3 palette."""
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
-                           + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b""))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, kind, 0, 0, 0))
+    colours = chunk(b"PLTE", bytes(palette)) if palette else b""
+    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + header + colours
+                           + chunk(b"IDAT", zlib.compress(body.tobytes())) + chunk(b"IEND", b""))
 
 
 SIZE = (72, 100)  # of the pictures; no multiple of anything
