@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import write_tiny
+from conftest import write_png, write_tiny
 from make_clip import make_clip
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -167,3 +167,14 @@ def test_pictures_of_ones_own_get_overlays(run, net, otp, tmp_path, asked):
         assert (run[0] / f"overlay_street{end}.png").is_file()
     with pytest.raises(SystemExit, match="test_figures.py is no picture"):
         command(run[0], "--images", __file__, "--device", "cpu")
+
+
+def test_pictures_of_ones_own_are_read_as_those_of_data_sets_are(run, tmp_path, asked):
+    file, shades = tmp_path / "deep.png", np.linspace(0, 65535, 40 * 60).astype(np.uint16).reshape(40, 60)
+    write_png(file, shades, 16)
+    command(run[0], "--images", file, "--device", "cpu")
+    image, _ = asked["overlay_deep.png"][0][0].values()
+    assert (image == (shades // 256)[..., None]).all()
+    Image.fromarray(shades.astype(np.float32)).save(file, "TIFF")
+    with pytest.raises(SystemExit, match="deep.png holds floating-point numbers of 32 bits, .* save it with 8 bits a channel"):
+        command(run[0], "--images", file, "--device", "cpu")
