@@ -207,7 +207,8 @@ def run_flags(description):
     parser.add_argument("--targets", nargs="+", metavar="NAME", help="data sets to read (default: those of the run)")
     parser.add_argument("--data-root", metavar="D", help="folder with one folder per data set")
     parser.add_argument("--holdout", type=int, default=0, metavar="N",
-                        help="of a target without a split of its own (gta5, synthia), N pairs chosen by a hash of their names; never of a source")
+                        help="of a target without a split of its own (gta5, synthia), N pairs, chosen by a "
+                             "hash of their names; never of a source")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     return parser
 

@@ -270,7 +270,8 @@ def _withhold(name, root, split, holdout):
     if not holdout:
         return None, [f"{name} has no val split on disk: give --holdout N (of a source, when it is trained on) to withhold N pairs."]
     most = len(every) if split == "val" else len(every) - 1
-    require(holdout <= most, f"{name}: --holdout {holdout} of {len(every)} pairs leaves no train split: change it.")
+    require(holdout <= most,
+            f"{name}: --holdout {holdout} of {len(every)} pairs leaves no train split: change it.")
     held = set(sorted(every, key=_lot)[:holdout])
     return [item for item in every if (item in held) == (split == "val")], problems
 
@@ -299,9 +300,9 @@ def _as_withheld(name, root, split, withheld):
     missing = sorted(withheld - {item.name for item in chosen})
     if missing:
         folder = os.path.join(root, DATASETS[name].folder)
-        problems = [*problems, f"{name}: {len(missing)} of the {len(withheld)} pairs that the run withheld are "
-                    f"not in {folder}, the first is {missing[0]}: put them back, because scores over "
-                    "different pairs cannot be compared."]
+        problems = [*problems, f"{name}: {len(missing)} of the {len(withheld)} pairs that the run "
+                    f"withheld are not in {folder}, the first is {missing[0]}: put them back, because "
+                    "scores over different pairs cannot be compared."]
     return chosen, problems
 
 
@@ -425,7 +426,8 @@ def load_pair(item, mapillary="A"):
 
 
 def check_pairs(items, mapillary="A"):
-    """Open 32 pairs in full, evenly spaced (all of a small list), so that training starts at once; `--check` reads them all.
+    """Open 32 pairs in full, evenly spaced (all of a small list), so that training starts at once.
+    `--check` reads them all.
 
     UserError: a pair that cannot be read, or no pixel with a class in any of those opened. Nothing
     else would notice the latter: a mean over no pixels is 0, and so is the loss of each step.
@@ -436,8 +438,8 @@ def check_pairs(items, mapillary="A"):
         _, label = load_pair(item, mapillary)
         labelled += np.count_nonzero(label != VOID)
     if opened and not labelled:
-        raise UserError(f"no pixel in {len(opened)} pairs of {opened[0].dataset} has a class, the first label "
-                        f"is {opened[0].label}: {NOT_OFFICIAL}.")
+        raise UserError(f"no pixel in {len(opened)} pairs of {opened[0].dataset} has a class, the "
+                        f"first label is {opened[0].label}: {NOT_OFFICIAL}.")
 
 
 def shared_memory():
@@ -778,7 +780,7 @@ def _report(title, items, mapillary):
 
 
 def _lacking(title, pixels):
-    """Print what looks odd. pixels: counts of the 19 classes and void -> the problem, if there is no class."""
+    """Print what looks odd in a split -> a problem, if it has no class. pixels: of 19 classes and void."""
     if not pixels[:-1].any():
         return [f"{title}: no pixel of any label has a class: {NOT_OFFICIAL}."]
     absent = int((pixels[:-1] == 0).sum())

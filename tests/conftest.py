@@ -135,9 +135,9 @@ def write_png16(path, pixels):
 
 
 def write_png(path, numbers, depth=8, palette=None):
-    """(H, W) numbers below 2 ** depth as PNG of 1, 2, 4, 8 or 16 bits: grey, or positions in a palette (3 numbers an entry).
+    """(H, W) numbers below 2 ** depth as PNG of 1, 2, 4, 8 or 16 bits, stored as they are.
 
-    The numbers are stored as they are. This is what tools write that Pillow cannot imitate.
+    They are grey, or positions in a palette (3 numbers an entry). Pillow cannot write all of these.
     """
     height, width = numbers.shape
     bits = (numbers[..., None].astype(np.uint16) >> np.arange(depth)[::-1]) & 1

@@ -176,5 +176,5 @@ def test_pictures_of_ones_own_are_read_as_those_of_data_sets_are(run, tmp_path, 
     image, _ = asked["overlay_deep.png"][0][0].values()
     assert (image == (shades // 256)[..., None]).all()
     Image.fromarray(shades.astype(np.float32)).save(file, "TIFF")
-    with pytest.raises(SystemExit, match="deep.png holds floating-point numbers of 32 bits, .* save it with 8 bits a channel"):
+    with pytest.raises(SystemExit, match="deep.png holds floating-point numbers of 32 bits, .* save it with 8 bits"):
         command(run[0], "--images", file, "--device", "cpu")
