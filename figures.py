@@ -190,8 +190,9 @@ def _draw_embedding(run, targets, path):
 def _trust(run, image, label):
     """Eq. 5 and Eq. 6 with the ramp at 1 for one picture: omega, weight (H, W), nan on void."""
     out, padded, _ = ppar.look(run.ppar, image, label)
-    omega = ppar.reliability(out, run.ppar.otp, padded, run.config)
-    weight = ppar.learning_weights(out, run.ppar.otp, padded, run.config, ramp=1.0)
+    judge = dict(tau=run.config.tau, judge_text=run.config.text_weight)
+    omega = ppar.reliability(out, run.ppar.otp, padded, **judge)
+    weight = ppar.learning_weights(out, run.ppar.otp, padded, ramp=1.0, **judge)
     return [np.where(label != VOID, x[0, :label.shape[0], :label.shape[1]].cpu(), np.nan) for x in (omega, weight)]
 
 

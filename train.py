@@ -50,8 +50,7 @@ class Config:
     method: str = option("ppar", "ppar, or erm: L_seg with w = 1 alone, the baseline", choices=("ppar", "erm"))
     clip: str = option(None, "CLIP by name (RN50, RN101, ViT-B/16, ...), path of a checkpoint, or toy")
     prototypes: str = option("text", "OTP (Eq. 1), or a control", choices=("text", "shuffled"))
-    align: str = option("progressive", "lambda's schedule (Eq. 4); none: no L_align",
-                        choices=("progressive", "reversed", "otp", "vtp", "none"))
+    align: str = option("progressive", "lambda's schedule (Eq. 4), a name in SCHEDULES of align.py; a wrong name lists them all")
     w_align: float = option(1.0, "weight of L_align in Eq. 7", POSITIVE)
     tau: float = option(0.07, "temperature of Eq. 2, 3 and of the text score", POSITIVE)
     ramp: tuple[float, ...] = option((0.05, 0.3), "fractions of the run between which the ramp of Eq. 4 and 6 rises from 0 to 1", RAMP)
@@ -126,6 +125,8 @@ def configure(given):
     preset = PRESETS["toy" if toy else "real"] | (dict(crop=504) if str(given.get("clip")).startswith("ViT-L/14") else {})  # 36 patches
     config = Config(**{**preset, **off, **given})
     config.out = config.out or os.path.join("runs", f"{config.method}-{'-'.join(config.source)}-seed{config.seed}")
+    # Here and not in `parse`, because align.py needs torch, and `--help` must answer before torch is imported.
+    require(config.align in align.SCHEDULES, f"--align {config.align} is no schedule of align.py: give {', '.join(align.SCHEDULES)}.")
     for f in dataclasses.fields(Config):
         rule, value = f.metadata["rule"], getattr(config, f.name)
         require(not rule or rule[1](value), f"{typed(f.name, value)} must be {rule and rule[0]}.")
@@ -176,9 +177,16 @@ def open_loader(stream, config, start, rank, processes, device):
                                        pin_memory=device.type == "cuda", worker_init_fn=machine.outlive_signals)
 
 
+def build(config):
+    """PPAR at step 0, from the flags of a run -> (PPAR, one line that says what was loaded of CLIP)."""
+    asks_clip = config.reweight or config.align not in ("otp", "none")  # Eq. 5 or Eq. 2
+    return ppar.build(config.clip, seed=config.seed, stride=config.stride, freeze=config.freeze, tau=config.tau,
+                      shuffle=config.prototypes == "shuffled", frozen_clip=asks_clip)
+
+
 def open_network(config, state, rank, device, layout):
     """PPAR at step 0, or as the checkpoint `state` holds it; the first process says what was loaded of CLIP."""
-    module, report = machine.take_turns(rank, device, lambda: ppar.build(config))
+    module, report = machine.take_turns(rank, device, lambda: build(config))
     multiple = module.net.encoder.multiple
     require(config.crop % multiple == 0, f"--crop {config.crop} must be a multiple of {multiple} for --clip {config.clip}.")
     module.to(device, memory_format=layout)
@@ -206,6 +214,17 @@ def learning_rate(step, steps, warmup=0.05):
     """Factor on the learning rate: a linear warm-up over a share of the run, then polynomial decay of power 0.9."""
     first = max(int(warmup * steps), 1)
     return (step + 1) / first if step < first else (1 - (step - first) / max(steps - first, 1)) ** 0.9
+
+
+def schedule(config, step):
+    """The two numbers that change with the step -> dict(lam=..., ramp=...).
+
+    lam    lambda of Eq. 4, the share of the OTP in the goal; None: no alignment
+    ramp   of Eq. 6; 0: all learning weights are 1
+    """
+    ramp = align.progress(step, config.steps, *config.ramp)
+    lam = align.SCHEDULES[config.align](ramp)
+    return dict(lam=lam, ramp=ramp if config.reweight else 0.0)
 
 
 def set_up(config, state, rank, processes, device, layout):
@@ -258,7 +277,8 @@ def describe(terms, at, out, otp, label, config, done):
             row["radius_" + name] = (align.distance(out.emb, grid, goal).sum() / count).item()
             row["loss_" + name] = (align.alignment_map(out.emb, grid, goal, config.tau).sum() / count).item()
     if config.reweight:
-        row["reliability"] = (ppar.reliability(out, otp, label, config).sum() / (label != data.VOID).sum().clamp_min(1)).item()
+        omega = ppar.reliability(out, otp, label, tau=config.tau, judge_text=config.text_weight)
+        row["reliability"] = (omega.sum() / (label != data.VOID).sum().clamp_min(1)).item()
     return row
 
 
@@ -285,15 +305,19 @@ def train(config, state, rank, processes, device):
                 group["lr"] = group["peak"] * rate
             optimizer.zero_grad(set_to_none=True)
 
-            def objective(out, label=label, step=step):
-                return ppar.objective(out, module.otp, label, config, step, sum_over_processes)
+            at = schedule(config, step)
+
+            def objective(out, label=label, at=at):
+                return ppar.objective(out, module.otp, label, lam=at["lam"], ramp=at["ramp"], tau=config.tau,
+                                      judge_text=config.text_weight, balance=config.balance, w_align=config.w_align,
+                                      reduce=sum_over_processes)
 
             if config.micro_batch:
-                terms, at, out = machine.backward_in_parts(network, image, config.micro_batch, objective, autocast)
+                terms, out = machine.backward_in_parts(network, image, config.micro_batch, objective, autocast)
             else:
                 with autocast():
                     out = network(image)
-                terms, at = objective(out)
+                terms = objective(out)
                 # Each process has a share of the loss, and the shares add up to it. DistributedDataParallel takes the mean
                 # of the gradients, so the share is multiplied by the number of processes.
                 loss = processes * sum(terms.values())

@@ -96,7 +96,7 @@ def network(name, method, device=CPU, **flags):
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        terms, _, _ = workbench.backward(module, image, label, config, 50, autocast)
+        terms, _ = workbench.backward(module, image, label, config, 50, autocast)
         optimizer.step()
         return sum(terms.values())  # still on the device: nobody waits for it
 

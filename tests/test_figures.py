@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -109,8 +108,8 @@ def test_curves_are_distance_loss_and_lambda_with_a_gap_where_a_method_has_no_nu
 def trust(net, otp, image, label):
     """Eq. 5 and 6 at the end of the ramp, (2, H, W), nan on void. A place reaches a cell of 16 pixels to each side."""
     out, padded, _ = ppar.look(ppar.PPAR(net, otp, small_net(seed=1).encoder.eval()), data.to_tensor(image), label)
-    witness = out._replace(emb=out.clip_emb)  # CLIP as it came, as the run's folder has it
-    omega = reweight.reliability(ppar.prediction(witness, otp, SimpleNamespace(tau=0.07, text_weight=0.25)), padded)
+    log_q = ppar.prediction(out.logits, out.clip_emb, otp, tau=0.07, text_weight=0.25)  # frozen CLIP, as the run's folder has it
+    omega = reweight.reliability(log_q, padded)
     weight = reweight.learning_weights(omega, reweight.place_reliability(omega, padded, 33), padded, ramp=1.0)
     return torch.where(padded == VOID, torch.nan, torch.cat([omega, weight]))[:, :label.shape[0], :label.shape[1]]
 

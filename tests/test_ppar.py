@@ -3,30 +3,30 @@
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from workbench import CPU, configured, one_batch, unit_rows
+from workbench import CPU, configured, numbers, one_batch, unit_rows
 
 import align
 import ppar
 import prototypes
 import reweight
+import train
 from data import CLASSES
 from model import load_clip
 
 torch.set_num_threads(1)
 
 B, K, D, H, W = 2, 4, 6, 16, 48  # label; emb at stride 8, logits at stride 4
-TAU = 0.3
+TAU, JUDGE = 0.3, 0.4  # temperature, and the share of the text score in the second opinion
 
 
 def settings(**more):
-    usual = dict(align="progressive", reweight=True, balance=0.5, w_align=0.7, text_weight=0.4)
-    return SimpleNamespace(steps=8, ramp=(0.0, 0.5), tau=TAU, **{**usual, **more})
+    """The numbers of a step in the middle of a run."""
+    return {**dict(lam=0.7, ramp=0.6, tau=TAU, judge_text=JUDGE, balance=0.5, w_align=0.7), **more}
 
 
 def random_case():
@@ -36,7 +36,7 @@ def random_case():
     otp, vtp = (F.normalize(torch.randn(*size, D, generator=g), dim=-1) for size in ((K,), (B, K)))
     out = ppar.Output(4 * torch.randn(B, K, H // 4, W // 4, generator=g), emb, vtp, clip_emb)
     label = torch.randint(0, K, (B, H, W), generator=g)
-    label[:, :, :W // 3] = at_label(second_opinion(out, otp, settings()).argmax(dim=1))[:, :, :W // 3]
+    label[:, :, :W // 3] = at_label(second_opinion(out, otp).argmax(dim=1))[:, :, :W // 3]
     label[torch.rand(B, H, W, generator=g) < 0.2] = 255
     return out, otp, label
 
@@ -54,35 +54,35 @@ def resized(x, size):
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
-def second_opinion(out, otp, config):
+def second_opinion(out, otp):
     """log q of Eq. 5: decoder, and the text score of CLIP's copy."""
     text = resized(torch.einsum("bdhw,kd->bkhw", out.clip_emb, otp), out.logits.shape[2:]) / TAU
-    return (1 - config.text_weight) * out.logits + config.text_weight * text
+    return (1 - JUDGE) * out.logits + JUDGE * text
 
 
-def weights_in_loops(out, otp, label, config, ramp):
+def weights_in_loops(out, otp, label, ramp, balance):
     """Eq. 5 and 6 in Python numbers, and the same with the balance of the classes."""
-    p = at_label(second_opinion(out, otp, config).softmax(dim=1))
+    p = at_label(second_opinion(out, otp).softmax(dim=1))
     labelled = [tuple(place) for place in (label != 255).nonzero().tolist()]
     omega = {(b, i, j): (p[b, label[b, i, j], i, j] / p[b, :, i, j].max()).item() for b, i, j in labelled}
     weight = {}
     for b, i, j in labelled:  # the window: a cell of 8 pixels to each side
         around = [omega[b, y, x] for y in range(i - 8, i + 9) for x in range(j - 8, j + 9) if (b, y, x) in omega]
-        doubtful = config.reweight and omega[b, i, j] < 0.2 and sum(around) / len(around) < 0.5
+        doubtful = omega[b, i, j] < 0.2 and sum(around) / len(around) < 0.5
         weight[b, i, j] = 1 - ramp * doubtful
     count = [sum(w for at, w in weight.items() if label[at] == c) for c in range(K)]
-    return weight, {at: w * max(1, count[label[at]]) ** -config.balance for at, w in weight.items()}
+    return weight, {at: w * max(1, count[label[at]]) ** -balance for at, w in weight.items()}
 
 
-@pytest.mark.parametrize("step, ramp", [(0, 0.0), (2, 0.5), (4, 1.0), (7, 1.0)])
-@pytest.mark.parametrize("more", [{}, dict(reweight=False), dict(balance=0), dict(balance=1, align="reversed")])
-def test_the_terms_of_equation_7_equal_plain_loops_of_equations_3_to_6(step, ramp, more):
-    (out, otp, label), config = random_case(), settings(**more)
-    terms, at = ppar.objective(out, otp, label, config, step)
-    lam = ramp if config.align == "reversed" else 1 - ramp
-    assert at == dict(lam=pytest.approx(lam), ramp=pytest.approx(ramp)) and list(terms) == ["seg", "align"]
+@pytest.mark.parametrize("ramp", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("balance", [0, 0.5, 1])
+def test_the_terms_of_equation_7_equal_plain_loops_of_equations_3_to_6(ramp, lam, balance):
+    out, otp, label = random_case()
+    terms = ppar.objective(out, otp, label, **settings(lam=lam, ramp=ramp, balance=balance))
+    assert list(terms) == ["seg", "align"]
 
-    weight, balanced = weights_in_loops(out, otp, label, config, ramp)
+    weight, balanced = weights_in_loops(out, otp, label, ramp, balance)
     logits, goal = resized(out.logits, (H, W)), F.normalize((1 - lam) * out.vtp + lam * otp, dim=2)
     cells = [(b, i, j) for b, i, j in weight if i % 8 == j % 8 == 4]  # the pixels in the middle of a cell
     losses = {(b, i, j): cross_entropy(logits[b, :, i, j].tolist(), label[b, i, j]) for b, i, j in weight}
@@ -91,7 +91,7 @@ def test_the_terms_of_equation_7_equal_plain_loops_of_equations_3_to_6(step, ram
     for name, weights, parts, share in (("seg", balanced, losses, 1), ("align", weight, to_goal, 0.7)):
         mean = sum(weights[place] * loss for place, loss in parts.items()) / sum(weights[place] for place in parts)
         assert terms[name].item() == pytest.approx(share * mean, rel=1e-4)
-    if ramp and config.reweight:  # the case is no empty one: some of the doubtful lose their weight
+    if ramp:  # the case is no empty one: some of the doubtful lose their weight
         assert 0.02 < sum(w < 1 for w in weight.values()) / len(weight) < 0.9
 
 
@@ -100,7 +100,7 @@ def test_a_batch_without_labels_and_one_without_weight_have_finite_losses_and_gr
     (logits, emb, vtp, clip_emb), otp, label = random_case()
     logits = (logits * 0 + torch.tensor([90.0, 0, 0, 0]).view(1, K, 1, 1)).requires_grad_()  # all of it is doubted
     out = ppar.Output(logits, emb.requires_grad_(), vtp, clip_emb)
-    terms, _ = ppar.objective(out, otp, torch.full_like(label, label_all), settings(), 7)
+    terms = ppar.objective(out, otp, torch.full_like(label, label_all), **settings(ramp=1.0))
     sum(terms.values()).backward()
     assert [term.item() for term in terms.values()] == [0, 0]
     assert (logits.grad == 0).all() and (emb.grad == 0).all()  # false for NaN, too
@@ -112,10 +112,10 @@ def test_half_a_batch_in_each_of_two_processes_gives_what_the_whole_batch_gives(
     label[0, :, 20:] = 255  # of one half less counts
     barrier, slots = threading.Barrier(2, timeout=20), [None, None]
 
-    def work(part, reduce=lambda x: x):
+    def work(part, reduce=None):
         leaves = [x[part].clone().requires_grad_() for x in out[:2]]
         mine = ppar.Output(*leaves, out.vtp[part], out.clip_emb[part])
-        terms, _ = ppar.objective(mine, otp, label[part], settings(balance=balance), 3, reduce)
+        terms = ppar.objective(mine, otp, label[part], **settings(balance=balance), reduce=reduce)
         sum(terms.values()).backward()
         return torch.stack(list(terms.values())), *(x.grad for x in leaves)
 
@@ -139,9 +139,9 @@ def test_half_a_batch_in_each_of_two_processes_gives_what_the_whole_batch_gives(
 def test_the_prediction_mixes_decoder_and_text_in_the_share_that_the_flag_says():
     out, otp, _ = random_case()
     text = resized(torch.einsum("bdhw,kd->bkhw", out.emb, otp) / TAU, out.logits.shape[2:])
-    out = ppar.Output(out.logits.requires_grad_(), 5 * out.emb.requires_grad_())  # the length says nothing
+    logits, emb = out.logits.requires_grad_(), 5 * out.emb.requires_grad_()  # the length says nothing
     for beta in (0, 0.4, 1):
-        got = ppar.prediction(out, otp, settings(text_weight=beta))
+        got = ppar.prediction(logits, emb, otp, tau=TAU, text_weight=beta)
         torch.testing.assert_close(got, (1 - beta) * out.logits.detach() + beta * text, rtol=1e-4, atol=1e-5)
         assert not got.requires_grad
 
@@ -152,7 +152,7 @@ def test_the_prediction_mixes_decoder_and_text_in_the_share_that_the_flag_says()
 @pytest.mark.parametrize("kind", ["text", "shuffled"])
 def test_build_takes_the_prototypes_that_the_flag_names_and_the_same_network_for_every_method(kind, world):
     config = configured(world, "--prototypes", kind, "--seed", 1)
-    module, plain = ppar.build(config)[0], ppar.build(configured(world, "--method", "erm", "--seed", 1))[0]
+    module, plain = train.build(config)[0], train.build(configured(world, "--method", "erm", "--seed", 1))[0]
     text = prototypes.original_text_prototypes(load_clip(config.clip)[0], CLASSES)
     assert torch.equal(module.otp, dict(text=text, shuffled=prototypes.shuffled_prototypes(text, 1))[kind]) and module.tau == config.tau
     torch.testing.assert_close(module.net.state_dict(), plain.net.state_dict(), rtol=0, atol=0)
@@ -173,7 +173,7 @@ class Tower(torch.nn.Module):
 @pytest.mark.parametrize("multiple, size, half", [(32, (32, 160), (32, 64)), (14, (70, 98), (28, 56))])
 def test_the_vtp_looks_at_half_the_image_in_a_size_that_the_tower_takes(multiple, size, half):
     tower, otp, image = Tower(multiple), unit_rows(K, 3), torch.randn(B, 3, *size)
-    vtp, emb = ppar.PPAR(torch.nn.Identity(), otp, tower, TAU).as_clip_came(image)
+    vtp, emb = ppar.PPAR(torch.nn.Identity(), otp, tower, TAU).ask_frozen_clip(image)
     small = F.interpolate(image, size=half, mode="bilinear", align_corners=False, antialias=True)
     assert len(tower.seen) == 1 and torch.equal(tower.seen[0], small)
     assert torch.equal(emb, F.avg_pool2d(small, multiple)) and torch.equal(vtp, prototypes.visual_text_prototypes(otp, emb, TAU))
@@ -182,13 +182,13 @@ def test_the_vtp_looks_at_half_the_image_in_a_size_that_the_tower_takes(multiple
 @pytest.mark.parametrize("flags", ["", "--align otp --no-reweight", "--align vtp --freeze 0", "--align reversed"])
 def test_every_trainable_part_gets_a_gradient_at_every_step_and_clip_and_the_otp_none(flags, world):
     config = configured(world, *flags.split())  # DistributedDataParallel waits for ever for one that gets none
-    (image, label), module = one_batch(config, world), ppar.build(config)[0].train()
+    (image, label), module = one_batch(config, world), train.build(config)[0].train()
     before = {name: t.clone() for name, t in module.state_dict().items() if not name.startswith("net.")}
     assert {name.split(".")[0] for name in before} == ({"otp", "clip"} if "no-reweight" not in flags else {"otp"})
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.01)
     for step in (0, 2, 7):
         module.zero_grad(set_to_none=True)
-        sum(ppar.objective(module(image), module.otp, label, config, step)[0].values()).backward()
+        sum(ppar.objective(module(image), module.otp, label, **numbers(config, step)).values()).backward()
         for name, p in module.named_parameters():
             assert (p.grad is not None) == p.requires_grad <= name.startswith("net."), name
             assert not p.requires_grad or (p.grad != 0).any(), name
@@ -219,9 +219,9 @@ def test_a_switch_that_is_off_computes_nothing_and_one_that_is_on_does(flags, st
             return real(*args, **more)
 
         monkeypatch.setattr(owner, attribute, spy)
-    module = ppar.build(config)[0]
+    module = train.build(config)[0]
     out = module(image)
-    terms, at = ppar.objective(out, module.otp, label, config, step)
+    terms, at = ppar.objective(out, module.otp, label, **numbers(config, step)), train.schedule(config, step)
     assert called == set(PARTS) - set(unused.split())
     assert ("align" in terms) == ("alignment" in called) == (at["lam"] is not None)
     assert (out.vtp is not None) == (module.clip is not None) == ("vtp" in called)
@@ -239,7 +239,7 @@ def test_distance_is_to_the_prototype_of_the_own_class_and_zero_on_void():
 
 
 def test_a_look_at_a_picture_pads_the_label_with_void_and_a_cell_has_the_label_of_its_centre(world):
-    module = ppar.build(configured(world))[0]
+    module = train.build(configured(world))[0]
     image, label = torch.randn(3, 50, 70), torch.randint(0, 19, (50, 70))
     out, padded, grid = ppar.look(module, image, label.numpy().astype(np.uint8))
     assert padded.shape == (1, 64, 96) and torch.equal(padded[0, :50, :70], label)

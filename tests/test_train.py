@@ -228,21 +228,22 @@ def test_two_runs_are_the_same_bits_with_any_workers_and_whatever_the_global_ran
 
 
 def test_every_method_starts_from_the_same_network_and_sees_the_same_batches_and_another_seed_others(world, tmp_path, monkeypatch):
-    forward, objective, seen, images, checked = ppar.PPAR.forward, ppar.objective, {}, [], []
+    forward, objective, seen, images, checked, runs = ppar.PPAR.forward, ppar.objective, {}, [], [], []
 
     def spy_forward(self, image):
         images.append((image, copy.deepcopy(dict(self.net.state_dict()))))
         return forward(self, image)
 
-    def spy_objective(out, otp, label, config, *rest, **more):
+    def spy_objective(out, otp, label, **more):
         image, weights = images[-1]
-        seen.setdefault(config.out, [weights]).append((image, label))
-        return objective(out, otp, label, config, *rest, **more)
+        seen.setdefault(runs[-1], [weights]).append((image, label))
+        return objective(out, otp, label, **more)
 
     monkeypatch.setattr(ppar.PPAR, "forward", spy_forward)
     monkeypatch.setattr(ppar, "objective", spy_objective)
     monkeypatch.setattr(train, "check_first_step", lambda *_: checked.append(len([*seen.values()][-1]) - 1))
     for n, flags in enumerate(("", "--method erm", "--prototypes shuffled", "--align otp", "--seed 1")):
+        runs.append(n)
         trained(tmp_path / str(n), *world["flags"], *flags.split(), "--steps", 2)
     full, *others, seed = seen.values()
     assert checked == [1] * 5  # after the first step of each
@@ -396,7 +397,8 @@ BAD_FLAGS = {flags.strip(): flags.strip() for flags in """--crop 0, --steps 0, -
     "--clip no/such/file.pt": "no/such/file.pt", "--data-root no/such/folder": "no/such/folder", "--targets idd": "leftImg8bit",
     "--source acdc": "rgb_anon", "--harmful 0.2": "gta5", "--method erm --align otp": "--align otp",
     "--method erm --text-weight 0.2": "--text-weight 0.2", "--method erm --reweight": "--reweight",
-    "--method erm --text-weight 0.5": "--text-weight 0.5", "--out /dev/null": "/dev/null", "--out /dev/null/run": "/dev/null/run",
+    "--align sideways": ", ".join(align.SCHEDULES), "--method erm --text-weight 0.5": "--text-weight 0.5",
+    "--out /dev/null": "/dev/null", "--out /dev/null/run": "/dev/null/run",
 } | {"--freeze 6": "between 0 and 5"} | ({} if torch.cuda.is_available() else {"--device cuda": "--device cuda"})
 
 
@@ -543,7 +545,7 @@ def test_every_flag_reaches_its_field_and_what_cannot_be_read_is_refused():
     assert train.parse(flags.split()) == dict(source=("a", "b"), figures=False, lr=2e-3, micro_batch=3, align="vtp",
                                               compile=True, stride=8, ramp=(0.0, 0.5))
     assert [train.parse(["--stride", stride])["stride"] for stride in ("8", "16", "32")] == [8, 16, 32]
-    for flags in ("extra", "--ramp a b", "--align sideways", "--steps ten", "--stride 7", "--lr", "--source"):
+    for flags in ("extra", "--ramp a b", "--steps ten", "--stride 7", "--lr", "--source"):
         with pytest.raises(SystemExit, match="2"):
             train.parse(flags.split())
 
@@ -570,7 +572,7 @@ def test_erm_is_a_hand_written_cross_entropy_loop(world, tmp_path):
     row, grads, module = one_step(config, *one_batch(config, world), step=0)
     assert all(name.startswith("net.") for name in grads) and module.clip is None
 
-    net, losses = ppar.build(config)[0].net.train(), []
+    net, losses = train.build(config)[0].net.train(), []
     optimizer = torch.optim.AdamW([dict(params=[p], peak=1e-4 if n.startswith("encoder.") else 1e-3, weight_decay=0.01 * (p.dim() > 1))
                                    for n, p in net.named_parameters() if p.requires_grad])
     for step in range(4):
@@ -593,7 +595,7 @@ def test_erm_is_a_hand_written_cross_entropy_loop(world, tmp_path):
 
 def test_clips_weights_learn_slowly_matrices_decay_and_the_first_stage_stays_frozen(world):
     config = configured(world)
-    module = ppar.build(config)[0]
+    module = train.build(config)[0]
     names = {id(p): name for name, p in module.named_parameters()}
     for group in train.make_optimizer(module, config).param_groups:
         for p in group["params"]:
@@ -623,7 +625,7 @@ def test_the_guards_of_the_first_step_pass_what_is_right_and_catch_what_is_not(w
 
 
 def test_frozen_weights_do_not_move_and_the_others_do(world, straight):
-    before, after = ppar.build(configured(world))[0], read_state(straight)
+    before, after = train.build(configured(world))[0], read_state(straight)
     frozen = {n for n, p in before.net.named_parameters() if not p.requires_grad}
     for name, tensor in before.net.state_dict().items():
         still = name in frozen or "running_" in name or "num_batches" in name
