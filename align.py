@@ -90,7 +90,10 @@ def alignment_map(emb, label, prototypes, tau):
         raise ValueError(f"tau must be positive, not {tau}: it divides the cosine")
     check_label(label, emb, prototypes)
     logits = cosine_similarity_map(emb, prototypes) / tau
-    return F.cross_entropy(logits, label, ignore_index=VOID, reduction="none")
+    try:
+        return F.cross_entropy(logits, label, ignore_index=VOID, reduction="none")
+    except IndexError:
+        raise unknown_id(label, prototypes) from None
 
 
 def alignment_loss(emb, label, prototypes, tau, weight=None):
@@ -159,19 +162,23 @@ def distance(emb, label, prototypes):
     check_label(label, emb, prototypes)
     image = torch.arange(len(emb), device=emb.device)[:, None, None]  # (B, 1, 1)
     classes = label.where(label != VOID, 0)  # 255 is no row of the prototypes
-    own = prototypes.expand(len(emb), -1, -1)[image, classes]  # (B, h, w, D)
+    classes = classes.where(classes >= 0, VOID)  # row -1 would be the last one: refuse it, too
+    try:
+        own = prototypes.expand(len(emb), -1, -1)[image, classes]  # (B, h, w, D)
+    except IndexError:
+        raise unknown_id(label, prototypes) from None
     return (emb.permute(0, 2, 3, 1) - own).norm(dim=-1) * (label != VOID)
 
 
 def check_label(label, emb, prototypes):
     """ValueError, one sentence, for what is no label (B, h, w) of emb (B, D, h, w).
 
-    A label is int64, lies on the grid of emb, and holds the ids 0 .. K-1 and 255.
+    A label is int64 and lies on the grid of emb. Both are known without a look at the numbers.
 
-    Types and shapes are known to the program: to check them costs nothing. The ids are numbers in
-    the memory of the device. To look at them, the program would wait in every step until a GPU has
-    done all its work. So the ids are checked on the CPU alone. On a GPU, a wrong id stops the
-    program inside cross_entropy, with an error of torch.
+    The numbers must be 0 .. K-1 and 255. They are not checked here: to look at them, the program
+    would wait in every step until a GPU has done all its work. Torch itself notices a wrong id when
+    it looks up a class. On the CPU that is an IndexError, of which we make a sentence (unknown_id).
+    On a GPU it stops the program, some steps later, with "device-side assert".
     """
     if label.dtype != torch.int64:
         raise ValueError(f"a label must be int64, not {label.dtype}: call label.long() first")
@@ -181,14 +188,16 @@ def check_label(label, emb, prototypes):
             f"a label of shape {tuple(label.shape)} does not lie on a grid of shape {grid}: "
             f"call labels_on_grid first"
         )
-    if label.device.type == "cpu":
-        classes = prototypes.shape[-2]
-        known = ((label >= 0) & (label < classes)) | (label == VOID)
-        if not known.all():
-            raise ValueError(
-                f"the label holds the id {label[~known][0]}: ids must be 0 to {classes - 1}, "
-                f"or {VOID} for pixels without a class"
-            )
+
+
+def unknown_id(label, prototypes):
+    """The ValueError that names an id of the label that is neither a class nor void."""
+    classes = prototypes.shape[-2]
+    known = ((label >= 0) & (label < classes)) | (label == VOID)
+    return ValueError(
+        f"the label holds the id {label[~known][0]}: ids must be 0 to {classes - 1}, "
+        f"or {VOID} for pixels without a class"
+    )
 
 
 def _demo():

@@ -52,10 +52,14 @@ def reliability(logits, label):
 
     valid = label != VOID
     classes = label.where(valid, 0)  # 255 is no channel of the ratio
+    classes = classes.where(classes >= 0, VOID)  # channel -1 would be the last one: refuse it, too
     image = torch.arange(len(label), device=label.device)[:, None, None]  # (B, 1, 1)
     row = centres(label.shape[1], logits.shape[2], label.device)[:, None]  # (H, 1)
     column = centres(label.shape[2], logits.shape[3], label.device)  # (W,)
-    return ratio[image, classes, row, column] * valid  # Eq. 5
+    try:
+        return ratio[image, classes, row, column] * valid  # Eq. 5
+    except IndexError:
+        raise unknown_id(label, logits) from None
 
 
 def centres(pixels, cells, device):
@@ -125,14 +129,14 @@ def learning_weights(omega, place, label, ramp, least_pixel=0.2, least_place=0.5
 def check_label(label, logits):
     """ValueError, one sentence, for what is no label (B, H, W) of logits (B, K, h, w).
 
-    A label is int64, has the grid of the logits or a finer one, and holds the ids 0 .. K-1 and 255.
-    It need not be a multiple of the grid: a ViT with patches of 14 pixels has logits at every 14 / 4
-    pixels, and `centres` maps these, too.
+    A label is int64, and has the grid of the logits or a finer one. Both are known without a look
+    at the numbers. A side need not be a multiple: with patches of 14 pixels, 70 pixels of the label
+    meet 17 of the logits, and `centres` maps these, too.
 
-    Types and shapes are known to the program: to check them costs nothing. The ids are numbers in
-    the memory of the device. To look at them, the program would wait in every step until a GPU has
-    done all its work. So the ids are checked on the CPU alone. On a GPU, a wrong id stops the
-    program at the next look-up, with an error of torch.
+    The numbers must be 0 .. K-1 and 255. They are not checked here: to look at them, the program
+    would wait in every step until a GPU has done all its work. Torch itself notices a wrong id when
+    it looks up a class. On the CPU that is an IndexError, of which we make a sentence (unknown_id).
+    On a GPU it stops the program, some steps later, with "device-side assert".
     """
     if label.dtype != torch.int64:
         raise ValueError(f"a label must be int64, not {label.dtype}: call label.long() first")
@@ -142,14 +146,16 @@ def check_label(label, logits):
             f"a label of shape {tuple(label.shape)} is none of logits of shape "
             f"{tuple(logits.shape)}: as many images, and at least as many pixels, are needed"
         )
-    if label.device.type == "cpu":
-        classes = logits.shape[1]
-        known = ((label >= 0) & (label < classes)) | (label == VOID)
-        if not known.all():
-            raise ValueError(
-                f"the label holds the id {label[~known][0]}: ids must be 0 to {classes - 1}, "
-                f"or {VOID} for pixels without a class"
-            )
+
+
+def unknown_id(label, logits):
+    """The ValueError that names an id of the label that is neither a class nor void."""
+    classes = logits.shape[1]
+    known = ((label >= 0) & (label < classes)) | (label == VOID)
+    return ValueError(
+        f"the label holds the id {label[~known][0]}: ids must be 0 to {classes - 1}, "
+        f"or {VOID} for pixels without a class"
+    )
 
 
 def check_shape(x, label):

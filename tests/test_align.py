@@ -170,7 +170,7 @@ WRONG_LABELS = {  # what is wrong: (the label made of a right one, what the sent
     "K": (lambda label: label.where(label != 2, K), "the id 5: ids must be 0 to 4, or 255"),
     "254": (lambda label: label.where(label != 2, 254), "the id 254"),
     "256": (lambda label: label.where(label != 2, 256), "the id 256"),
-    "-1": (lambda label: label.where(label != 2, -1), "the id -1"),
+    "the last one, from behind": (lambda label: label.where(label != 2, -1), "the id -1"),
     "-100": (lambda label: label.where(label != 255, -100), "the id -100"),  # torch's own number for void
 }
 
@@ -186,7 +186,7 @@ def test_what_is_no_label_is_refused_in_one_sentence(kind):
         function(label)
 
 
-def test_on_another_device_than_the_cpu_types_and_shapes_are_checked_and_the_ids_are_not_asked_for(monkeypatch):
+def test_types_and_shapes_are_checked_and_the_ids_are_not_asked_for(monkeypatch):
     """To read an id, the program waits for a GPU. A tensor on "meta" has no ids at all: whoever asks gets an error."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know this device
     emb, label, prototypes, _ = (x.to("meta") for x in random_case())

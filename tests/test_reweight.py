@@ -71,7 +71,8 @@ WRONG_LABELS = {  # what is wrong: (the label made of a right one, what the sent
     "coarser": (lambda label: label[:, ::2], r"\(2, 4, 9\) is none of logits of shape \(2, 4, 7, 9\)"),
     "narrower": (lambda label: label[:, :, 1:], r"\(2, 7, 8\) is none of logits"), "one image": (lambda label: label[:1], r"\(1, 7, 9\)"),
     "no batch": (lambda label: label[0], r"\(7, 9\) is none"), "K": (lambda label: label.where(label != 2, K), "the id 4: .* 0 to 3, or 255"),
-    "254": (lambda label: label.where(label != 2, 254), "the id 254"), "-100": (lambda label: label.where(label != 255, -100), "the id -100"),
+    "254": (lambda label: label.where(label != 2, 254), "the id 254"), "-1": (lambda label: label.where(label != 2, -1), "the id -1"),
+    "-100": (lambda label: label.where(label != 255, -100), "the id -100"),
 }
 
 
@@ -83,7 +84,7 @@ def test_what_is_no_label_of_the_logits_is_refused_in_one_sentence(kind):
         reliability(logits, spoil(label))
 
 
-def test_on_another_device_than_the_cpu_the_ids_are_not_asked_for():
+def test_the_ids_are_not_asked_for():
     """To read an id, the program waits for a GPU. A tensor on "meta" has no ids at all: whoever asks gets an error."""
     logits, label = (x.to("meta") for x in random_case())
     assert weights(logits, label).shape == label.shape
