@@ -129,13 +129,13 @@ def progress(step, steps, start, end):
 # our reading: "from easy to difficult" is read as OTP first, VTP last, for all pixels together. The
 # mean loss to the OTP is the smaller one, and the loss is what training feels. The VTP is the nearer
 # one (curves.png of any run shows both). In our experiments no order was clearly better. Eq. 17
-# favours the opposite order.
+# favours the opposite order. So the schedules are named after what they do, and not after an opinion.
 #
 # Each schedule maps the ramp r = progress(...) to lambda, the share of the OTP in Eq. 4. This table
 # is the one place that names a schedule: `--align` takes any name that stands here.
 SCHEDULES = {
-    "progressive": lambda r: 1 - r,  # from the OTP to the VTP
-    "reversed": lambda r: r,  # from the VTP to the OTP: does the order matter, or only the mixture?
+    "otp-to-vtp": lambda r: 1 - r,  # the OTP first, the VTP last
+    "vtp-to-otp": lambda r: r,  # the VTP first, the OTP last
     "otp": lambda r: 1.0,  # the OTP from the first step on
     "vtp": lambda r: 0.0,  # the VTP from the first step on
     "none": lambda r: None,  # no alignment
@@ -217,7 +217,7 @@ def _demo():
     optimizer = torch.optim.SGD([emb], lr=2.0)
     rows = []
     for step in range(101):
-        lam = SCHEDULES["progressive"](progress(step, 100, 0.2, 0.8))
+        lam = SCHEDULES["otp-to-vtp"](progress(step, 100, 0.2, 0.8))
         to_otp = alignment_loss(emb, label, otp, tau=0.5).item()
         to_vtp = alignment_loss(emb, label, vtp, tau=0.5).item()
         rows.append((to_otp, to_vtp))

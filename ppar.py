@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import align
 import prototypes
 import reweight
-from data import CLASSES, VOID
+from data import CLASSES, PADDING, VOID, normalise
 from model import SegmentationNet, load_clip, pad
 
 
@@ -48,15 +48,22 @@ class PPAR(torch.nn.Module):
     """Image -> Output: the network that is trained, its prototypes, and a frozen copy of CLIP.
 
     net    image -> (logits, emb): model.SegmentationNet, or another network of that kind
-    otp    (K, D), unit rows: a buffer, which is never trained
+    otp    (K, D), unit rows: a buffer, which gets no gradient
     clip   frozen image tower, image -> (anything, emb), with its `multiple`; None if not needed
-    tau    temperature of Eq. 2
+    tau, beta      of Eq. 2: its temperature, and the most that a prototype moves
+    mask_padding   Eq. 2 leaves out the padding of training views
     """
 
-    def __init__(self, net, otp, clip=None, tau=0.07):
+    def __init__(self, net, otp, clip=None, tau=0.07, beta=0.7, mask_padding=False):
         super().__init__()
-        self.net, self.clip, self.tau = net, clip, tau
+        self.net, self.clip = net, clip
+        self.tau, self.beta, self.mask_padding = tau, beta, mask_padding
         self.register_buffer("otp", otp)
+        # Classes whose prototype is a mean of source pixels (follow_source). With text: none.
+        self.register_buffer("seen", torch.zeros(len(otp), dtype=torch.bool, device=otp.device))
+        # The colour of padding, as the network sees it. A buffer, because it has to be on the GPU.
+        colour = normalise(torch.tensor(PADDING).view(3, 1, 1))
+        self.register_buffer("padding", colour, persistent=False)
 
     def forward(self, image):
         logits, emb = self.net(image)
@@ -79,10 +86,41 @@ class PPAR(torch.nn.Module):
         half = [step * max(1, round(side / 2 / step)) for side in image.shape[2:]]
         small = F.interpolate(image, size=half, mode="bilinear", align_corners=False, antialias=True)
         emb = self.clip(small)[1]
-        return prototypes.visual_text_prototypes(self.otp, emb, self.tau), emb  # Eq. 2
+        shown = None
+        if self.mask_padding:
+            shown = F.adaptive_avg_pool2d(shows_image(image, self.padding), emb.shape[2:])
+        vtp = prototypes.visual_text_prototypes(self.otp, emb, self.tau, self.beta, shown=shown)
+        return vtp, emb
+
+    @torch.no_grad()
+    def follow_source(self, emb, label, reduce=None):
+        """A control: the prototypes become a running mean of the source's own pixels, per class.
+
+        emb (B, D, h, w) and label (B, H, W) of a batch; reduce as in `objective`. The result takes
+        the place of the OTP wherever that is used: in the goal, in Eq. 5, and in the prediction.
+        """
+        grid = align.labels_on_grid(label, emb)
+        rows, seen = prototypes.source_prototypes(self.otp, self.seen, emb, grid, reduce=reduce)
+        self.otp.copy_(rows)
+        self.seen.copy_(seen)
 
 
-def build(clip, *, seed, stride, freeze, shuffle=False, frozen_clip=True, tau=0.07):
+def shows_image(image, padding):
+    """Where a training view shows its image and not padding: 1 or 0, (B, H, W) float.
+
+    image (B, 3, H, W) and padding (3, 1, 1), both normalised. No label is read.
+
+    data.training_view lays the image, a rectangle, on a canvas of one colour. So padding is made of
+    whole rows and whole columns of that colour. A pixel of the image that happens to have the
+    colour, too, is not taken for padding. Two grey levels are 0.014 apart; rounding is far below.
+    """
+    same = ((image - padding).abs() < 0.001).all(dim=1)  # (B, H, W)
+    padded = same.all(dim=2, keepdim=True) | same.all(dim=1, keepdim=True)
+    return (~padded).float()
+
+
+def build(clip, *, seed, stride, freeze, shuffle=False, frozen_clip=True,
+          tau=0.07, beta=0.7, mask_padding=False):
     """PPAR at step 0 -> (PPAR, one line that says what was loaded of CLIP).
 
     clip          a CLIP by name, the path of a checkpoint, or "toy" (model.load_clip)
@@ -91,7 +129,7 @@ def build(clip, *, seed, stride, freeze, shuffle=False, frozen_clip=True, tau=0.
     freeze        how many of the image tower's 5 stages are not trained
     shuffle       a control: each class gets the text prototype of another class
     frozen_clip   keep a frozen copy of the image tower, for the VTP and for the weights
-    tau           temperature of Eq. 2
+    tau, beta, mask_padding   of Eq. 2, see PPAR
     """
     clip_model, report = load_clip(clip)
     torch.manual_seed(seed)  # every method starts from the same network
@@ -103,7 +141,7 @@ def build(clip, *, seed, stride, freeze, shuffle=False, frozen_clip=True, tau=0.
     if frozen_clip:
         frozen = copy.deepcopy(net.encoder).requires_grad_(False)  # before any training
     net.encoder.freeze(freeze)
-    return PPAR(net, otp, frozen, tau), report
+    return PPAR(net, otp, frozen, tau, beta, mask_padding), report
 
 
 def objective(out, otp, label, *, lam, ramp, tau, judge_text, balance=0.0, w_align=1.0, reduce=None):
@@ -219,6 +257,38 @@ def prediction(logits, emb, otp, *, tau, text_weight):
 
 
 @torch.no_grad()
+def compare_goals(out, otp, label, *, tau, judge_text):
+    """Which prototype is the easier goal? -> {name: float}. Without a VTP, the first two alone.
+
+    radius_otp, loss_otp     mean distance to the OTP of the own class, and mean loss of Eq. 3
+    radius_vtp, loss_vtp     the same to the VTP; all four are means over the labelled cells
+    nearer_vtp, easier_vtp   share of the trusted cells to which the VTP is nearer than the OTP, and
+                             share of those for which it has the lower loss
+
+    Trusted cells are those that keep their weight at the end of the ramp (Eq. 6). A mean loss is
+    large where CLIP mistakes some cells. The shares say what holds for most cells.
+    """
+    grid = align.labels_on_grid(label, out.emb)
+    labelled = (grid != VOID).sum().clamp_min(1)
+    goals = {"otp": otp} if out.vtp is None else {"otp": otp, "vtp": out.vtp}
+    distance, loss, row = {}, {}, {}
+    for name, goal in goals.items():
+        distance[name] = align.distance(out.emb, grid, goal)
+        loss[name] = align.alignment_map(out.emb, grid, goal, tau)
+        row["radius_" + name] = (distance[name].sum() / labelled).item()
+        row["loss_" + name] = (loss[name].sum() / labelled).item()
+    if out.vtp is not None:
+        weight = learning_weights(out, otp, label, tau=tau, judge_text=judge_text, ramp=1.0)
+        trusted = align.labels_on_grid(weight, out.emb) > 0  # 0 on void, too
+        number = trusted.sum().clamp_min(1)
+        nearer = trusted & (distance["vtp"] < distance["otp"])
+        easier = trusted & (loss["vtp"] < loss["otp"])
+        row["nearer_vtp"] = (nearer.sum() / number).item()
+        row["easier_vtp"] = (easier.sum() / number).item()
+    return row
+
+
+@torch.no_grad()
 def look(ppar, image, label):
     """One image through the network -> (Output, label (1, H', W'), grid (1, h, w)).
 
@@ -245,7 +315,7 @@ def _demo():
     logits = 4 * F.one_hot(truth[:, ::4, ::4], 2).permute(0, 3, 1, 2).float()
     out = Output(logits, emb, prototypes.visual_text_prototypes(otp, emb, tau=0.3))
     for ramp in (0.0, 1.0):
-        lam = align.SCHEDULES["progressive"](ramp)
+        lam = align.SCHEDULES["otp-to-vtp"](ramp)
         terms = objective(out, otp, label, lam=lam, ramp=ramp, tau=0.3, judge_text=0.5)
         weight = learning_weights(out, otp, label, tau=0.3, judge_text=0.5, ramp=ramp)
         right, wrong = weight[label == truth].mean(), weight[label != truth].mean()

@@ -88,7 +88,7 @@ def answers(module, config, image, label, step):
     row, grads, _ = workbench.one_step(config, image, label, step, module)
     with torch.no_grad():
         out = module(image)
-        weight = ppar.learning_weights(out, module.otp, label, tau=config.tau, judge_text=config.text_weight, ramp=step / config.steps)
+        weight = ppar.learning_weights(out, module.otp, label, tau=config.tau, judge_text=config.judge_text, ramp=step / config.steps)
         best = ppar.prediction(out.logits, out.emb, module.otp, tau=config.tau, text_weight=config.text_weight).argmax(dim=1)
     assert step == 0 or 0.01 < (weight < 1).float().mean() < 0.99, "Eq. 6 has nothing to decide here"
     return row, {name: grad.cpu() for name, grad in grads.items()}, weight.cpu(), best.cpu()

@@ -239,4 +239,4 @@ def test_between_two_prototypes_at_a_right_angle_the_goal_has_the_closed_form():
 
 def test_each_schedule_is_what_its_name_says_without_a_jump():
     shares = {name: tuple(schedule(r) for r in (0.0, 0.25, 1.0)) for name, schedule in align.SCHEDULES.items()}
-    assert shares == dict(progressive=(1, 0.75, 0), reversed=(0, 0.25, 1), otp=(1, 1, 1), vtp=(0, 0, 0), none=(None,) * 3)
+    assert shares == {"otp-to-vtp": (1, 0.75, 0), "vtp-to-otp": (0, 0.25, 1), "otp": (1, 1, 1), "vtp": (0, 0, 0), "none": (None,) * 3}

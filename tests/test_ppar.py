@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from workbench import CPU, configured, numbers, one_batch, unit_rows
 
 import align
+import data
 import ppar
 import prototypes
 import reweight
@@ -154,7 +155,7 @@ def test_build_takes_the_prototypes_that_the_flag_names_and_the_same_network_for
     config = configured(world, "--prototypes", kind, "--seed", 1)
     module, plain = train.build(config)[0], train.build(configured(world, "--method", "erm", "--seed", 1))[0]
     text = prototypes.original_text_prototypes(load_clip(config.clip)[0], CLASSES)
-    assert torch.equal(module.otp, dict(text=text, shuffled=prototypes.shuffled_prototypes(text, 1))[kind]) and module.tau == config.tau
+    assert torch.equal(module.otp, dict(text=text, shuffled=prototypes.shuffled_prototypes(text, 1))[kind]) and (module.tau, module.beta) == (config.tau_assign, config.beta)
     torch.testing.assert_close(module.net.state_dict(), plain.net.state_dict(), rtol=0, atol=0)
 
 
@@ -179,12 +180,12 @@ def test_the_vtp_looks_at_half_the_image_in_a_size_that_the_tower_takes(multiple
     assert torch.equal(emb, F.avg_pool2d(small, multiple)) and torch.equal(vtp, prototypes.visual_text_prototypes(otp, emb, TAU))
 
 
-@pytest.mark.parametrize("flags", ["", "--align otp --no-reweight", "--align vtp --freeze 0", "--align reversed"])
+@pytest.mark.parametrize("flags", ["", "--align otp --no-reweight", "--align vtp --freeze 0", "--align vtp-to-otp"])
 def test_every_trainable_part_gets_a_gradient_at_every_step_and_clip_and_the_otp_none(flags, world):
     config = configured(world, *flags.split())  # DistributedDataParallel waits for ever for one that gets none
     (image, label), module = one_batch(config, world), train.build(config)[0].train()
     before = {name: t.clone() for name, t in module.state_dict().items() if not name.startswith("net.")}
-    assert {name.split(".")[0] for name in before} == ({"otp", "clip"} if "no-reweight" not in flags else {"otp"})
+    assert {name.split(".")[0] for name in before} == ({"otp", "seen", "clip"} if "no-reweight" not in flags else {"otp", "seen"})
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.01)
     for step in (0, 2, 7):
         module.zero_grad(set_to_none=True)
@@ -197,6 +198,50 @@ def test_every_trainable_part_gets_a_gradient_at_every_step_and_clip_and_the_otp
     if module.clip is not None:  # CLIP's tower as the file has it, though the network's has moved
         theirs, own = load_clip(config.clip)[0].visual.state_dict(), module.clip.visual.state_dict()
         assert all(torch.equal(theirs[name], own[name]) for name in own)
+
+
+def test_padding_is_found_wherever_the_image_lies_on_the_canvas_and_no_pixel_of_the_image_is_taken_for_it(world):
+    items, found = data.list_items("gta5", str(world["root"]), "train"), 0
+    module = ppar.PPAR(torch.nn.Identity(), unit_rows(K, 3))
+    for n in range(12):  # scales from 0.5 on: 36 x 50 pixels in a crop of 96 x 128
+        image, label = data.training_view(items[n % len(items)], (96, 128), np.random.default_rng(n))
+        y, x = (int(values[len(values) // 2]) for values in np.nonzero((image != np.array(data.PADDING)).any(axis=2)))
+        image[y, x] = data.PADDING  # a pixel in the midst of the image that happens to have the colour
+        shown = ppar.shows_image(data.to_tensor(image)[None], module.padding)[0]
+        inside = np.zeros(label.shape, bool)  # the rectangle around all that has another colour
+        rows, columns = np.nonzero((image != np.array(data.PADDING)).any(axis=2))
+        inside[rows.min():rows.max() + 1, columns.min():columns.max() + 1] = True
+        assert torch.equal(shown.bool(), torch.as_tensor(inside)) and (label[~inside] == 255).all()
+        found += not inside.all()
+    assert found > 3 and (ppar.shows_image(torch.randn(1, 3, 8, 8), module.padding) == 1).all()
+
+
+@pytest.mark.parametrize("mask_padding", [False, True])
+def test_eq_2_gets_the_share_of_each_cell_that_shows_the_image_if_the_flag_says_so_and_beta(mask_padding):
+    otp, image = unit_rows(K, 3), torch.randn(B, 3, 32, 64)
+    module = ppar.PPAR(torch.nn.Identity(), otp, Tower(4), TAU, 0.4, mask_padding)
+    image[:, :, :, 36:] = module.padding  # half a cell of 8 pixels is left: cells of 4 at half the size
+    image[1, :, :8] = module.padding
+    vtp, emb = module.ask_frozen_clip(image)
+    shown = torch.ones(B, 4, 8)
+    shown[:, :, 5:], shown[:, :, 4], shown[1, 0] = 0, 0.5, 0
+    expected = prototypes.visual_text_prototypes(otp, emb, TAU, 0.4, shown=shown if mask_padding else None)
+    torch.testing.assert_close(vtp, expected, rtol=0, atol=0)
+
+
+def test_naive_prototypes_take_the_place_of_the_text_in_goal_and_prediction_and_come_back_from_a_state_dict():
+    out, otp, label = random_case()
+    module, text = ppar.PPAR(torch.nn.Identity(), otp.clone()), otp
+    module.follow_source(out.emb, label)
+    grid = align.labels_on_grid(label, out.emb)
+    mean = torch.stack([out.emb.permute(0, 2, 3, 1)[grid == c].mean(dim=0) for c in range(K)])
+    torch.testing.assert_close(module.otp, F.normalize(mean, dim=1))
+    assert module.seen.all() and not torch.allclose(module.otp, text, atol=0.1)
+    twin = ppar.PPAR(torch.nn.Identity(), text.clone())
+    twin.load_state_dict(module.state_dict())
+    for either in (module, twin):
+        either.follow_source(out.emb.flip(0), label)
+    assert torch.equal(module.otp, twin.otp) and torch.equal(module.seen, twin.seen)
 
 
 PARTS = dict(  # what a switch promises not to compute
@@ -225,6 +270,30 @@ def test_a_switch_that_is_off_computes_nothing_and_one_that_is_on_does(flags, st
     assert called == set(PARTS) - set(unused.split())
     assert ("align" in terms) == ("alignment" in called) == (at["lam"] is not None)
     assert (out.vtp is not None) == (module.clip is not None) == ("vtp" in called)
+
+
+def test_the_easier_goal_is_measured_over_labelled_cells_and_over_the_trusted_ones():
+    out, otp, label = random_case()
+    got = ppar.compare_goals(out, otp, label, tau=TAU, judge_text=JUDGE)
+    weight, _ = weights_in_loops(out, otp, label, ramp=1.0, balance=0)
+    cells, sums, trusted = [at for at in weight if at[1] % 8 == at[2] % 8 == 4], dict.fromkeys(got, 0.0), 0
+    for b, i, j in cells:
+        z, y, numbers_of = out.emb[b, :, i // 8, j // 8], label[b, i, j], {}
+        for name, goal in (("otp", otp), ("vtp", out.vtp[b])):
+            numbers_of[name] = (z - goal[y]).norm().item(), cross_entropy((goal @ z / TAU).tolist(), y)
+            sums["radius_" + name] += numbers_of[name][0]
+            sums["loss_" + name] += numbers_of[name][1]
+        if weight[b, i, j] == 1:
+            trusted += 1
+            sums["nearer_vtp"] += numbers_of["vtp"][0] < numbers_of["otp"][0]
+            sums["easier_vtp"] += numbers_of["vtp"][1] < numbers_of["otp"][1]
+    expected = {name: value / (trusted if name.endswith("er_vtp") else len(cells)) for name, value in sums.items()}
+    assert got == pytest.approx(expected, rel=1e-5) and 0.2 < trusted / len(cells) < 0.9
+    assert 0 < got["nearer_vtp"] < 1 and 0 < got["easier_vtp"] < 1 and got["nearer_vtp"] != got["easier_vtp"]
+    alone = ppar.compare_goals(ppar.Output(*out[:2]), otp, label, tau=TAU, judge_text=JUDGE)
+    assert alone == {name: got[name] for name in ("radius_otp", "loss_otp")}
+    void = ppar.compare_goals(out, otp, torch.full_like(label, 255), tau=TAU, judge_text=JUDGE)
+    assert set(void.values()) == {0}
 
 
 def test_distance_is_to_the_prototype_of_the_own_class_and_zero_on_void():

@@ -78,7 +78,7 @@ def backward(module, image, label, config, step, autocast=contextlib.nullcontext
 
 def numbers(config, step):
     """The arguments of ppar.objective by name, as the loop of train.py has them."""
-    return dict(train.schedule(config, step), tau=config.tau, judge_text=config.text_weight, balance=config.balance,
+    return dict(train.schedule(config, step), tau=config.tau, judge_text=config.judge_text, balance=config.balance,
                 w_align=config.w_align)
 
 
