@@ -35,7 +35,8 @@ from data import UserError, require
 from machine import choose_device, precision
 
 Run = namedtuple("Run", "ppar config step path")  # a trained PPAR module, its flags as a namespace, its step, its folder
-FLAGS = set("source targets data_root mapillary holdout harmful clip tau tau_assign beta mask_padding judge_text text_weight amp seed steps method".split())  # of any run
+FLAGS = set("""source targets data_root mapillary holdout harmful clip tau tau_assign beta mask_padding judge_text
+    text_weight amp seed steps method""".split())  # of any run
 
 
 def write_atomically(path, write):
@@ -124,7 +125,8 @@ def save(ppar, optimizer, config, step, rank=0):
             f"the weights are not finite after step {step}: the last good checkpoint stays in {config.out}; "
             f"start anew with a lower --lr, or look at the data (python data.py --check).")
     if rank == 0:
-        content = dict(model=ppar.net.state_dict(), clip=ppar.clip and ppar.clip.state_dict(), otp=ppar.otp, seen=ppar.seen, arch=ppar.net.arch,
+        content = dict(model=ppar.net.state_dict(), clip=ppar.clip and ppar.clip.state_dict(),
+                       otp=ppar.otp, seen=ppar.seen, arch=ppar.net.arch,
                        optimizer=optimizer.state_dict(), step=step, config=vars(config))
         write_atomically(os.path.join(config.out, "last.pt"), lambda file: torch.save(content, file))
 
@@ -165,7 +167,8 @@ def load_weights(ppar, state, folder):
     """The weights of a checkpoint into a PPAR of the same shape, strictly."""
     with refuse_misfit(folder):
         ppar.net.load_state_dict(state["model"])
-        ppar.load_state_dict({"otp": state["otp"], "seen": state["seen"]}, strict=False)  # false: net and clip have lines of their own; shapes are checked
+        # Not strict, because net and clip have lines of their own; shapes are checked all the same.
+        ppar.load_state_dict({"otp": state["otp"], "seen": state["seen"]}, strict=False)
         if ppar.clip is not None:
             ppar.clip.load_state_dict(state["clip"])
 

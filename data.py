@@ -54,7 +54,7 @@ VOID = 255     # no class is asked of this pixel
 UNKNOWN = 254  # in a table: an id that the data set does not define
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-PADDING = tuple(round(255 * mean) for mean in CLIP_MEAN)  # the colour around a training view: 0 when normalised, it says nothing
+PADDING = tuple(round(255 * mean) for mean in CLIP_MEAN)  # the colour around a view: about 0 when normalised
 TOY_SCENES = {"train": 400, "val": 40}
 
 # our reading: the abstract names no augmentation; kinds and ranges are those of the nearest recipes (RobustNet, FAMix).

@@ -189,7 +189,8 @@ def _draw_embedding(run, targets, path):
     except UserError as error:
         print(f"no figure of the embedding: {error}")
         return
-    modules = {"before (CLIP)": ppar.PPAR(net, otp, run.ppar.clip, config.tau_assign, config.beta).to(otp.device).eval(), "after training": run.ppar}
+    before = ppar.PPAR(net, otp, run.ppar.clip, config.tau_assign, config.beta).to(otp.device).eval()
+    modules = {"before (CLIP)": before, "after training": run.ppar}
     own = [data.list_items(name, config.data_root, "train", config.holdout) for name in config.source]
     unseen = [items for name, items in targets.items() if name not in config.source]
     groups = {group: [data.load_pair(item, config.mapillary) for items in lists for item in data.evenly(items, number)]

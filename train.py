@@ -49,9 +49,9 @@ class Config:
     # the method
     method: str = option("ppar", "ppar, or erm: L_seg with w = 1 alone, the baseline", choices=("ppar", "erm"))
     clip: str = option(None, "CLIP by name (RN50, RN101, ViT-B/16, ...), path of a checkpoint, or toy")
-    prototypes: str = option("text", "OTP (Eq. 1), or a control: text of other classes, or running means of the source's own pixels",
+    prototypes: str = option("text", "OTP (Eq. 1), or a control: other classes' text, or means of the source's pixels",
                              choices=("text", "shuffled", "source"))
-    align: str = option("otp-to-vtp", "lambda's schedule (Eq. 4), a name in SCHEDULES of align.py; a wrong name lists them all")
+    align: str = option("otp-to-vtp", "lambda's schedule (Eq. 4), a name in SCHEDULES of align.py; a wrong one lists them")
     w_align: float = option(1.0, "weight of L_align in Eq. 7", POSITIVE)
     align_ramp: tuple[float, ...] = option((0.05, 0.3), "fractions of the run between which the goal of Eq. 4 moves", RAMP)
     tau: float = option(0.07, "temperature of Eq. 3 and of the text score", POSITIVE)
@@ -132,7 +132,8 @@ def configure(given):
     config = Config(**{**preset, **off, **given})
     config.out = config.out or os.path.join("runs", f"{config.method}-{'-'.join(config.source)}-seed{config.seed}")
     # Here and not in `parse`, because align.py needs torch, and `--help` must answer before torch is imported.
-    require(config.align in align.SCHEDULES, f"--align {config.align} is no schedule of align.py: give {', '.join(align.SCHEDULES)}.")
+    require(config.align in align.SCHEDULES,
+            f"--align {config.align} is no schedule of align.py: give {', '.join(align.SCHEDULES)}.")
     for f in dataclasses.fields(Config):
         rule, value = f.metadata["rule"], getattr(config, f.name)
         require(not rule or rule[1](value), f"{typed(f.name, value)} must be {rule and rule[0]}.")

@@ -173,7 +173,8 @@ def run(tmp_path, net, otp):
 
     write_tiny(tmp_path / "data", "bdd", n=3, size=(40, 72), split="val")
     config = dict(source=("toy-gta5",), targets=("bdd",), data_root=str(tmp_path / "data"), mapillary="A", holdout=0,
-                  tau=0.07, tau_assign=0.07, beta=0.7, mask_padding=False, method="ppar", judge_text=0.25, text_weight=0.25, harmful=0.1, reweight=True, batch=2, seed=0, clip="toy", amp="fp32",
+                  tau=0.07, tau_assign=0.07, beta=0.7, mask_padding=False, method="ppar", judge_text=0.25, text_weight=0.25,
+                  harmful=0.1, reweight=True, batch=2, seed=0, clip="toy", amp="fp32",
                   out="elsewhere", workers=8, steps=7)
     (tmp_path / "run").mkdir()
     state = dict(model=net.state_dict(), clip=small_net(seed=1).encoder.state_dict(), otp=otp, seen=torch.zeros(19, dtype=torch.bool),

@@ -155,7 +155,8 @@ def test_build_takes_the_prototypes_that_the_flag_names_and_the_same_network_for
     config = configured(world, "--prototypes", kind, "--seed", 1)
     module, plain = train.build(config)[0], train.build(configured(world, "--method", "erm", "--seed", 1))[0]
     text = prototypes.original_text_prototypes(load_clip(config.clip)[0], CLASSES)
-    assert torch.equal(module.otp, dict(text=text, shuffled=prototypes.shuffled_prototypes(text, 1))[kind]) and (module.tau, module.beta) == (config.tau_assign, config.beta)
+    assert torch.equal(module.otp, dict(text=text, shuffled=prototypes.shuffled_prototypes(text, 1))[kind])
+    assert (module.tau, module.beta) == (config.tau_assign, config.beta)
     torch.testing.assert_close(module.net.state_dict(), plain.net.state_dict(), rtol=0, atol=0)
 
 

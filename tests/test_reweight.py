@@ -50,7 +50,8 @@ def test_eq_5_equals_plain_loops_over_the_pixels_and_has_no_gradient():
     assert not omega.requires_grad and torch.equal(omega, reliability(logits, label))
 
 
-@pytest.mark.parametrize("label_size, grid", [((12, 17), (5, 6)), ((8, 12), (4, 3)), ((7, 9), (7, 9)), ((70, 98), (17, 24)), ((9, 5), (2, 4))])
+@pytest.mark.parametrize("label_size, grid", [
+    ((12, 17), (5, 6)), ((8, 12), (4, 3)), ((7, 9), (7, 9)), ((70, 98), (17, 24)), ((9, 5), (2, 4))])
 def test_a_pixel_of_the_label_asks_the_pixel_of_logits_that_its_centre_lies_in(label_size, grid):
     """At whole ratios it makes no difference whether a corner or the centre is mapped, at others it does."""
     g = torch.Generator().manual_seed(1)
@@ -67,11 +68,14 @@ def test_a_pixel_of_the_label_asks_the_pixel_of_logits_that_its_centre_lies_in(l
 
 
 WRONG_LABELS = {  # what is wrong: (the label made of a right one, what the sentence says)
-    "uint8": (lambda label: label.byte(), "int64, not torch.uint8"), "float": (lambda label: label.float(), "int64, not torch.float32"),
+    "uint8": (lambda label: label.byte(), "int64, not torch.uint8"),
+    "float": (lambda label: label.float(), "int64, not torch.float32"),
     "coarser": (lambda label: label[:, ::2], r"\(2, 4, 9\) is none of logits of shape \(2, 4, 7, 9\)"),
-    "narrower": (lambda label: label[:, :, 1:], r"\(2, 7, 8\) is none of logits"), "one image": (lambda label: label[:1], r"\(1, 7, 9\)"),
-    "no batch": (lambda label: label[0], r"\(7, 9\) is none"), "K": (lambda label: label.where(label != 2, K), "the id 4: .* 0 to 3, or 255"),
-    "254": (lambda label: label.where(label != 2, 254), "the id 254"), "-1": (lambda label: label.where(label != 2, -1), "the id -1"),
+    "narrower": (lambda label: label[:, :, 1:], r"\(2, 7, 8\) is none of logits"),
+    "one image": (lambda label: label[:1], r"\(1, 7, 9\)"), "no batch": (lambda label: label[0], r"\(7, 9\) is none"),
+    "K": (lambda label: label.where(label != 2, K), "the id 4: .* 0 to 3, or 255"),
+    "254": (lambda label: label.where(label != 2, 254), "the id 254"),
+    "the last one, from behind": (lambda label: label.where(label != 2, -1), "the id -1"),
     "-100": (lambda label: label.where(label != 255, -100), "the id -100"),
 }
 

@@ -403,7 +403,8 @@ def test_help_and_an_unknown_flag_are_answered_without_torch(tmp_path):
 
 BAD_FLAGS = {flags.strip(): flags.strip() for flags in """--crop 0, --steps 0, --batch 0, --micro-batch -1, --workers -1, --lr 0, --lr inf,
     --lr nan, --lr-clip -1, --tau 0, --w-align -1, --w-align 0, --text-weight 2, --harmful 1.5, --ramp 0.6 0.6,
-    --ramp 0.5, --ramp 0.0 1.1, --ramp -0.1 1, --align-ramp 0.6 0.6, --judge-text 2, --tau-assign 0, --beta 1.5, --save-every 0, --seed -1, --holdout -1, --balance 2, --freeze -1,
+    --ramp 0.5, --ramp 0.0 1.1, --ramp -0.1 1, --align-ramp 0.6 0.6, --judge-text 2, --tau-assign 0, --beta 1.5,
+    --save-every 0, --seed -1, --holdout -1, --balance 2, --freeze -1,
     --device nonsense""".split(",")} | {
     "--crop 100": "--crop 100 must be a multiple of 32", "--holdout 5 --targets gta5": "--holdout 5",
     "--source nowhere": "no data set 'nowhere'", "--targets nowhere": "no data set 'nowhere'", "--clip RN51": "RN50",
@@ -550,8 +551,8 @@ def test_with_naive_prototypes_goal_and_prediction_are_the_running_means_and_no_
 
 def test_the_presets_are_what_the_documents_say():
     toy, real = vars(train.configure({})), vars(train.configure({"source": ("gta5",)}))
-    both = dict(method="ppar", align="otp-to-vtp", w_align=1.0, tau=0.07, ramp=(0.05, 0.3), align_ramp=(0.05, 0.3), tau_assign=0.07, beta=0.7,
-                mask_padding=False, judge_text=0.5, prototypes="text", reweight=True, balance=0.5,
+    both = dict(method="ppar", prototypes="text", align="otp-to-vtp", align_ramp=(0.05, 0.3), w_align=1.0, tau=0.07,
+                tau_assign=0.07, beta=0.7, mask_padding=False, ramp=(0.05, 0.3), judge_text=0.5, reweight=True, balance=0.5,
                 text_weight=0.5, freeze=3, batch=8, holdout=0, micro_batch=0, save_every=500, compile=False, figures=True)
     assert toy == toy | both | dict(source=("toy-gta5",), clip="toy", stride=8, steps=400, crop=96, lr=3e-3, lr_clip=0.03, amp="fp32",
                                     workers=2, harmful=0.1, out="runs/ppar-toy-gta5-seed0")
