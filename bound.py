@@ -118,7 +118,9 @@ def measure(run, items, limit, weights=False):
         valid = grid[0] != data.VOID
         terms = pixel_terms(out.emb[0].permute(1, 2, 0)[valid].float(), grid[0][valid], otp, config.tau)
         if weights:  # Eq. 6 at the end of the ramp, which stays at 0 in a run without weights
-            terms["weight"] = align.labels_on_grid(ppar.learning_weights(out, otp, full, config, float(config.reweight)), out.emb)[0][valid]
+            weight = ppar.learning_weights(out, otp, full, tau=config.tau, judge_text=config.judge_text,
+                                           ramp=1.0 if config.reweight else 0.0)
+            terms["weight"] = align.labels_on_grid(weight, out.emb)[0][valid]
         if out.vtp is not None:
             terms["radius_vtp"] = align.distance(out.emb, grid, out.vtp)[0][valid]
             terms["gap"] = (out.vtp[0] - otp).norm(dim=1)[terms["label"]]

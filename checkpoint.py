@@ -35,7 +35,8 @@ from data import UserError, require
 from machine import choose_device, precision
 
 Run = namedtuple("Run", "ppar config step path")  # a trained PPAR module, its flags as a namespace, its step, its folder
-FLAGS = set("source targets data_root mapillary holdout harmful clip tau text_weight amp seed steps method".split())  # of any run
+FLAGS = set("""source targets data_root mapillary holdout harmful clip tau tau_assign beta mask_padding judge_text
+    text_weight amp seed steps method""".split())  # of any run
 
 
 def write_atomically(path, write):
@@ -124,7 +125,8 @@ def save(ppar, optimizer, config, step, rank=0):
             f"the weights are not finite after step {step}: the last good checkpoint stays in {config.out}; "
             f"start anew with a lower --lr, or look at the data (python data.py --check).")
     if rank == 0:
-        content = dict(model=ppar.net.state_dict(), clip=ppar.clip and ppar.clip.state_dict(), otp=ppar.otp, arch=ppar.net.arch,
+        content = dict(model=ppar.net.state_dict(), clip=ppar.clip and ppar.clip.state_dict(),
+                       otp=ppar.otp, seen=ppar.seen, arch=ppar.net.arch,
                        optimizer=optimizer.state_dict(), step=step, config=vars(config))
         write_atomically(os.path.join(config.out, "last.pt"), lambda file: torch.save(content, file))
 
@@ -142,7 +144,7 @@ def read(folder):
             if archive.testzip():
                 raise zipfile.BadZipFile
         state = torch.load(file, map_location="cpu", weights_only=True)
-        missing = {"model", "clip", "otp", "arch", "config", "optimizer", "step"} - set(state)
+        missing = {"model", "clip", "otp", "seen", "arch", "config", "optimizer", "step"} - set(state)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file} does not exist: give the run folder that train.py wrote (--out).") from None
     except Exception as error:
@@ -165,7 +167,8 @@ def load_weights(ppar, state, folder):
     """The weights of a checkpoint into a PPAR of the same shape, strictly."""
     with refuse_misfit(folder):
         ppar.net.load_state_dict(state["model"])
-        ppar.load_state_dict({"otp": state["otp"]}, strict=False)  # false: net and clip have lines of their own; shapes are checked
+        # Not strict, because net and clip have lines of their own; shapes are checked all the same.
+        ppar.load_state_dict({"otp": state["otp"], "seen": state["seen"]}, strict=False)
         if ppar.clip is not None:
             ppar.clip.load_state_dict(state["clip"])
 
@@ -194,7 +197,9 @@ def load_run(folder, device="cpu"):
         config = SimpleNamespace(**state["config"])
         if missing := FLAGS - set(vars(config)):
             raise KeyError(f"without the flags {', '.join(sorted(missing))}")
-        ppar = PPAR(net, torch.empty(state["arch"]["num_classes"], net.encoder.dim), clip.encoder if state["clip"] else None, config.tau)
+        otp = torch.empty(state["arch"]["num_classes"], net.encoder.dim)
+        frozen = clip.encoder if state["clip"] else None
+        ppar = PPAR(net, otp, frozen, config.tau_assign, config.beta, config.mask_padding)
         step = int(state["step"])
     load_weights(ppar, state, folder)
     return Run(ppar.eval().requires_grad_(False).to(device), config, step, Path(folder))

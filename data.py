@@ -55,6 +55,7 @@ VOID = 255     # no class is asked of this pixel
 UNKNOWN = 254  # in a table: an id that the data set does not define
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+PADDING = tuple(round(255 * mean) for mean in CLIP_MEAN)  # the colour around a view: about 0 when normalised
 TOY_SCENES = {"train": 400, "val": 40}
 
 # our reading: the abstract names no augmentation; kinds and ranges are those of the nearest recipes (RobustNet, FAMix).
@@ -687,7 +688,7 @@ def training_view(item, crop, rng, mapillary="A", augment=True):
             offset = crop[1] - size[0] - offset[0], offset[1]
         image = gaussian_blur(colour_jitter(image, rng), rng)
     x, y = offset
-    canvas = np.full((*crop, 3), np.round(255 * np.array(CLIP_MEAN)), np.uint8)  # 0 when normalised: padding says nothing
+    canvas = np.full((*crop, 3), PADDING, np.uint8)
     canvas[y:y + size[1], x:x + size[0]] = image
     padded = np.full(crop, VOID, np.uint8)
     padded[y:y + size[1], x:x + size[0]] = label

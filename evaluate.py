@@ -117,7 +117,8 @@ def make_scorer(module, config):
         padded = pad(image, net.encoder.multiple).contiguous(memory_format=layout)
         with autocast():
             out = net(padded)
-        logits = ppar.prediction(out, module.otp, config).contiguous()  # in channels_last, a softmax over classes copies it all
+        logits = ppar.prediction(out.logits, out.emb, module.otp, tau=config.tau, text_weight=config.text_weight)
+        logits = logits.contiguous()  # in channels_last, a softmax over classes copies it all
         logits = F.interpolate(logits, size=padded.shape[2:], mode="bilinear", align_corners=False)
         return logits[..., :image.shape[2], :image.shape[3]].log_softmax(1)
 

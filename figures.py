@@ -130,18 +130,29 @@ def figure_embedding(path, otp, stages):
 
 
 def figure_curves(path, rows):
-    """Mean distance and mean loss of the pixels to the prototypes of their class, and lambda (Eq. 4), over training."""
-    fig, steps = Figure((7, 8), layout="constrained"), [row["step"] for row in rows]
-    for ax, (kind, name) in zip(fig.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1)),
-                                (("radius_", "distance"), ("loss_", "loss, Eq. 3"), ("lam", "lambda, Eq. 4"))):
-        keys = [key for key in rows[0] if key.startswith(kind)]
-        ax.plot(steps, np.array([[row[key] for key in keys] for row in rows], float), label=keys)  # None is nan, a gap
-        ax.set_ylabel(name)
+    """How training went, from the rows of log.jsonl: one panel for each question, steps from left to right.
+
+    Mean distance and mean loss of the cells to the prototypes of their class. The share of the trusted cells to which
+    the VTP is nearer, and for which it is easier, than the OTP (a run without a VTP has no such panel). And lambda.
+    """
+    panels = {"radius_": "distance", "loss_": "loss, Eq. 3", "_vtp": "share of trusted cells", "lam": "lambda, Eq. 4"}
+    keys = {kind: [key for key in rows[0] if key.startswith(kind)] for kind in panels}
+    keys["_vtp"] = [key for key in ("nearer_vtp", "easier_vtp") if key in rows[0]]
+    shown = [kind for kind in panels if keys[kind]]
+    heights = [1 if kind == "lam" else 3 for kind in shown]
+    fig = Figure((7, 0.6 + sum(heights)), layout="constrained")
+    steps = [row["step"] for row in rows]
+    for ax, kind in zip(fig.subplots(len(shown), 1, sharex=True, height_ratios=heights), shown):
+        values = np.array([[row[key] for key in keys[kind]] for row in rows], float)  # None becomes nan, a gap
+        ax.plot(steps, values, label=keys[kind])
+        ax.set_ylabel(panels[kind])
+        if kind in ("_vtp", "lam"):
+            ax.set_ylim(-0.05, 1.05)
         ax.legend(frameon=False)
-    ax.set(xlabel="step", ylim=(-0.05, 1.05))
-    late, kinds = rows[-len(rows) // 4:], ("radius_", "loss_")
-    best = [min((key for key in rows[0] if key.startswith(kind)), key=lambda key: sum(row[key] for row in late)) for kind in kinds]
-    _finish(fig, path, f"the nearest goal in the last quarter: {best[0]}; the easiest: {best[1]}", classes=())
+    ax.set_xlabel("step")
+    late = rows[-len(rows) // 4:]  # the last quarter
+    nearest, easiest = (min(keys[kind], key=lambda key: sum(row[key] for row in late)) for kind in ("radius_", "loss_"))
+    _finish(fig, path, f"the nearest goal in the last quarter: {nearest}; the easiest on average: {easiest}", classes=())
 
 
 def draw_figures(run, compare=None):
@@ -178,7 +189,8 @@ def _draw_embedding(run, targets, path):
     except UserError as error:
         print(f"no figure of the embedding: {error}")
         return
-    modules = {"before (CLIP)": ppar.PPAR(net, otp, run.ppar.clip, config.tau).to(otp.device).eval(), "after training": run.ppar}
+    before = ppar.PPAR(net, otp, run.ppar.clip, config.tau_assign, config.beta).to(otp.device).eval()
+    modules = {"before (CLIP)": before, "after training": run.ppar}
     own = [data.list_items(name, config.data_root, "train", config.holdout) for name in config.source]
     unseen = [items for name, items in targets.items() if name not in config.source]
     groups = {group: [data.load_pair(item, config.mapillary) for items in lists for item in data.evenly(items, number)]
@@ -190,8 +202,9 @@ def _draw_embedding(run, targets, path):
 def _trust(run, image, label):
     """Eq. 5 and Eq. 6 with the ramp at 1 for one picture: omega, weight (H, W), nan on void."""
     out, padded, _ = ppar.look(run.ppar, image, label)
-    omega = ppar.reliability(out, run.ppar.otp, padded, run.config)
-    weight = ppar.learning_weights(out, run.ppar.otp, padded, run.config, ramp=1.0)
+    judge = dict(tau=run.config.tau, judge_text=run.config.judge_text)
+    omega = ppar.reliability(out, run.ppar.otp, padded, **judge)
+    weight = ppar.learning_weights(out, run.ppar.otp, padded, ramp=1.0, **judge)
     return [np.where(label != VOID, x[0, :label.shape[0], :label.shape[1]].cpu(), np.nan) for x in (omega, weight)]
 
 

@@ -125,12 +125,12 @@ def end_processes():
 
 
 def backward_in_parts(network, image, size, objective, autocast):
-    """The gradient of a batch that does not fit into memory at once -> (terms, at, out) of the whole batch.
+    """The gradient of a batch that does not fit into memory at once -> (terms, out) of the whole batch.
 
     network     image (b, 3, H, W) -> outputs, a NamedTuple of tensors (b, ...) or None; may be DistributedDataParallel
     image       (B, 3, H, W)
     size        images at a time
-    objective   outputs of the whole batch -> ({term: scalar}, more); it reads `logits` and `emb` with a gradient
+    objective   outputs of the whole batch -> {term: scalar}; it reads `logits` and `emb` with a gradient
     autocast    context of the forward passes
 
     Eq. 6 and the means of Eq. 7 need the outputs of the whole batch. Outputs are small; what fills the memory is what
@@ -147,7 +147,7 @@ def backward_in_parts(network, image, size, objective, autocast):
     kind = type(outputs[0])
     out = kind(*(None if tensors[0] is None else torch.cat(tensors) for tensors in zip(*outputs)))
     leaves = [out.logits.requires_grad_(), out.emb.requires_grad_()]
-    terms, at = objective(out)
+    terms = objective(out)
     sum(terms.values()).backward()
     # DistributedDataParallel takes the mean over the processes, where ours are to be summed. And it waits for a gradient
     # of every output: one that is in no term gets zeros.
@@ -163,7 +163,7 @@ def backward_in_parts(network, image, size, objective, autocast):
                 again = network(part)
             share = slice(index * size, index * size + len(part))
             torch.autograd.backward([again.logits, again.emb], [gradient[share] for gradient in gradients])
-    return terms, at, out
+    return terms, out
 
 
 # ---------------------------------------------------------------------------------------------------------------- stop
@@ -228,14 +228,14 @@ def _demo():
         return Out(weight * part, 0 * weight * part)
 
     def objective(out):
-        return {"seg": ((out.logits - pixels[:len(out.logits)]) ** 2).mean()}, {}
+        return {"seg": ((out.logits - pixels[:len(out.logits)]) ** 2).mean()}
 
     def gradient(function):
         weight.grad = None
         function()
         return weight.grad.item()
 
-    whole = gradient(lambda: objective(network(pixels))[0]["seg"].backward())
+    whole = gradient(lambda: objective(network(pixels))["seg"].backward())
     parts = gradient(lambda: backward_in_parts(network, pixels, 2, objective, contextlib.nullcontext))
     naive = sum(-2 * (part ** 2).mean() for part in pixels.split(2)).item() / 3
     print(f"gradient of the whole batch: {whole:.3f}   in three parts: {parts:.3f}   mean of the parts' own: {naive:.3f}")

@@ -1,31 +1,36 @@
-"""prototypes.py: two prototypes for every class, the one that language gives and the one that the image suggests.
+"""prototypes.py: two prototypes for every class, one made from its name alone, one that also uses the image.
 
-A prototype is a point of CLIP's joint space that stands for a class. The mean of the source's pixels is one: it knows
-the source's asphalt and the source's sky, and that is what over-fits. CLIP offers points that have seen no pixel of
-any domain, the embeddings of the class names. They are the same for every domain, which makes them a meeting place;
-but text and pixels live in different regions of the joint space. A second prototype for each class is the text
-moved towards what this image shows of the class: far where it shows much, hardly where it shows nothing.
+A prototype is a point of CLIP's joint space that stands for a class. Earlier work takes the mean of the source's pixels
+of the class. That mean knows the source's asphalt and the source's sky, so a network that is pulled to it over-fits the
+source. CLIP offers points that have seen no pixel of any domain: the embeddings of the class names. They are the same
+for every domain, so pixels of all domains can be pulled to them.
+
+But embeddings of texts and of images lie in different regions of the joint space (the "modality gap"). A second
+prototype for each class is the text moved towards what this image shows of the class. It moves far if the class covers
+much of the image, and hardly at all if the class is not there.
 
     Eq. 1   OTP   t_cj = E_text(template_j(name_c)),   p^O_c = norm(mean_j norm(t_cj))                     frozen
     Eq. 2   VTP   p^V_bc = norm((1 - m_bc) p^O_c + m_bc v_bc),     v_bc = norm(sum_i a_bic zbar_bi)           frozen
                   a_bic = softmax_c(<zbar_bi, p^O_c> / tau),   m_bc = beta * s_bc / (s_bc + kappa),   s_bc = mean_i a_bic
+            b: an image, c: a class, i: a cell (a pixel of the grid of emb), j: a prompt template
 
 Shapes
     otp     (K, D)          unit rows
-    emb     (B, D, h, w)    dense embedding of an image by CLIP as it came; zbar_bi is its direction at cell i
+    emb     (B, D, h, w)    dense embedding of an image by frozen CLIP; zbar_bi is its direction at cell i
     vtp     (B, K, D)       unit rows, one set per image
 
 Not here: what pixels do with them (align.py). Needs torch, and clip for Eq. 1 alone. `python prototypes.py` prints
     mean distance of a pixel to the OTP 0.83, to the VTP 0.67
     how far each class moved: 0.22 0.40 0.41 0.08
-    Notice: the VTP is nearer to the pixels; that of the last class, which is in no image, has hardly moved.
+    Notice: the VTP is nearer to the pixels. The VTP of the last class, which is in no image, has hardly moved.
 """
 
 import torch
 import torch.nn.functional as F
 
-# our reading: the abstract names no prompts. A handful of frames in which a street class may be met; the mean over
-# them belongs to the class, what differs between them (style, light, medium) cancels.
+# our reading: the abstract names no prompts. These prompt templates say where a street class may be
+# seen. Their mean keeps what belongs to the class. What differs between them (style, light, medium)
+# cancels.
 TEMPLATES = (
     "a photo of a {}.",
     "a photo of the {}.",
@@ -42,60 +47,118 @@ TEMPLATES = (
 def original_text_prototypes(clip_model, class_names, templates=TEMPLATES):
     """Eq. 1: the Original Text Prototypes (K, D), unit rows, float32, without gradient.
 
-    Each prompt is normalised before the mean, so that every template has one vote whatever the length of its embedding.
-    clip_model is a clip.model.CLIP; templates are strings with one {} for the class name.
+    clip_model is a clip.model.CLIP. templates are strings with one {} for the class name.
+
+    The embedding of each prompt is brought to length 1 before the mean is taken. Otherwise a prompt
+    with a long embedding would count more than the others.
     """
     from clip import tokenize  # here, so that the rest of the file needs torch alone
 
     device = clip_model.token_embedding.weight.device
     rows = []
     for name in class_names:
-        tokens = tokenize([template.format(name) for template in templates], context_length=clip_model.context_length)
-        text = clip_model.encode_text(tokens.to(device)).float()  # (J, D)
+        prompts = [template.format(name) for template in templates]
+        tokens = tokenize(prompts, context_length=clip_model.context_length).to(device)
+        text = clip_model.encode_text(tokens).float()  # (J, D), one row for each template
         rows.append(F.normalize(text, dim=1).mean(dim=0))
-    return F.normalize(torch.stack(rows), dim=1)
+    return F.normalize(torch.stack(rows), dim=1)  # Eq. 1
 
 
 def shuffled_prototypes(otp, seed=0):
-    """A control: the same K points (K, D), each under another class's name: language's geometry without its sense."""
-    order = torch.randperm(len(otp), generator=torch.Generator().manual_seed(seed))
-    return otp[order.roll(1)][order.argsort()]  # one cycle through all classes: no class keeps its own row
+    """A control: the same K points (K, D), but every class gets the point of another class.
+
+    If shuffled prototypes helped as much as the right ones, the meaning of the names would not
+    matter. The classes are put into a random circle, and each takes the point of the one before it.
+    So no class keeps its own.
+    """
+    circle = torch.randperm(len(otp), generator=torch.Generator().manual_seed(seed))
+    shuffled = torch.empty_like(otp)
+    shuffled[circle] = otp[circle.roll(1)]
+    return shuffled
 
 
 @torch.no_grad()
-def visual_text_prototypes(otp, emb, tau, beta=0.7, kappa=0.02):
-    """Eq. 2: the Visual Text Prototypes, otp (K, D), emb (B, D, h, w) -> (B, K, D) unit rows, float32, without gradient.
+def visual_text_prototypes(otp, emb, tau, beta=0.7, kappa=0.02, shown=None):
+    """Eq. 2: the Visual Text Prototypes (B, K, D), unit rows, float32, without gradient.
 
-    # our reading: the abstract names the VTP without a formula. It is generated by CLIP as the OTP is: by a look of the
-    frozen CLIP at this image. v_bc is the mean of its cells, each counted as far as CLIP believes that it shows the class;
-    a class gets as much of it as the image shows of the class. beta in [0, 1] is the most that a prototype moves, kappa > 0
-    the share of the image at which it moves half as far. tau > 0 divides the cosine.
+    otp     (K, D), unit rows
+    emb     (B, D, h, w), by frozen CLIP, of any length
+    tau     > 0, divides the cosine: the smaller it is, the more surely each cell goes to one class
+    beta    in [0, 1], the most that a prototype can move
+    kappa   > 0, the share of the image at which a prototype moves by half of beta
+    shown   (B, h, w) in [0, 1], the share of each cell that shows the image; the rest is padding,
+            and does not count. None: there is no padding
 
-    Nothing here is learned, and no label is read. So the VTP can neither over-fit the source nor follow the pixels that
-    are pulled to it, which would leave the text and take the goal along.
+    # our reading: the abstract names the VTP without a formula. Like the OTP it is generated by
+    CLIP, which here looks at this image. v_bc is the average embedding of the cells, weighted by
+    CLIP's probability for class c. The prototype moves further if the class covers more of the image.
+
+    Nothing here is learned, and no label is read. So the VTP cannot over-fit the source. And because
+    it is frozen, pixels and goal cannot drift away from the text together.
+    """
+    with torch.autocast(emb.device.type, enabled=False):
+        emb = F.normalize(emb.float(), dim=1).flatten(2)  # (B, D, hw): zbar
+        prob = (otp @ emb / tau).softmax(dim=1)  # (B, K, hw): a, CLIP's probabilities for each cell
+        if shown is not None:
+            shown = shown.flatten(1)[:, None]  # (B, 1, hw)
+            prob = prob * shown
+        total = prob @ emb.transpose(1, 2)  # (B, K, D): a sum over cells; only its direction counts
+        seen = F.normalize(total, dim=2)  # v
+        share = prob.mean(dim=2, keepdim=True)  # (B, K, 1): s, the share of the image
+        if shown is not None:
+            share = share / shown.mean(dim=2, keepdim=True).clamp_min(1e-8)  # of what is shown
+        moved = beta * share / (share + kappa)  # m
+        return F.normalize((1 - moved) * otp + moved * seen, dim=2)  # Eq. 2
+
+
+@torch.no_grad()
+def source_prototypes(rows, seen, emb, label, momentum=0.9, reduce=None):
+    """A control: naive prototypes, class means of the source -> (rows (K, D), seen (K,) bool).
+
+    rows       (K, D), unit rows: the prototypes so far, at first the text
+    seen       (K,) bool: the classes of which a pixel has been in any batch so far
+    emb        (B, D, h, w), of the network in training, of any length
+    label      (B, h, w) int64, 255 = void
+    momentum   in [0, 1], how much of a prototype stays from batch to batch
+    reduce     sums a tensor over the processes that share the batch; None: there is one process
+
+    This is what the paper's abstract finds fault with: such prototypes know how the source looks.
+    When a class is seen for the first time, its prototype becomes the direction of the mean of its
+    pixels, and nothing of the text is left. Later it is a running mean: momentum times itself plus
+    (1 - momentum) times the direction in this batch, brought to length 1. A class without a pixel
+    in the batch keeps its prototype. A class that was never seen keeps its text.
     """
     with torch.autocast(emb.device.type, enabled=False):
         emb = F.normalize(emb.float(), dim=1).flatten(2)  # (B, D, hw)
-        prob = (otp @ emb / tau).softmax(dim=1)  # (B, K, hw): what CLIP takes each cell for
-        seen = F.normalize(prob @ emb.transpose(1, 2), dim=2)  # (B, K, D)
-        area = prob.mean(dim=2, keepdim=True)  # (B, K, 1)
-        moved = beta * area / (area + kappa)
-        return F.normalize((1 - moved) * otp + moved * seen, dim=2)
+        classes = torch.arange(len(rows), device=rows.device)[:, None]  # (K, 1)
+        own = (label.flatten(1)[:, None] == classes).float()  # (B, K, hw): 1 or 0; void is no class
+        total = torch.einsum("bkn,bdn->kd", own, emb)  # (K, D)
+        number = own.sum(dim=(0, 2))  # (K,)
+        sums = torch.cat([total, number[:, None]], dim=1)  # one tensor, so that processes talk once
+        if reduce is not None:
+            sums = reduce(sums)
+        here = sums[:, -1:] > 0  # (K, 1)
+        mean = F.normalize(sums[:, :-1], dim=1)
+        running = F.normalize(momentum * rows + (1 - momentum) * mean, dim=1)
+        new = torch.where(seen[:, None], running, mean)
+        return torch.where(here, new, rows), seen | here[:, 0]
 
 
 def _demo():
     torch.manual_seed(0)
     otp = F.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)
-    shift = F.normalize(torch.randn(16), dim=0)
+    gap = F.normalize(torch.randn(16), dim=0)  # by which all images differ from all texts
     label = torch.randint(0, 3, (2, 8, 8))  # class 3 is in no image
-    emb = F.normalize(otp[label] + shift + 0.3 * torch.randn(2, 8, 8, 16), dim=-1)
+    emb = F.normalize(otp[label] + gap + 0.3 * torch.randn(2, 8, 8, 16), dim=-1)
     vtp = visual_text_prototypes(otp, emb.permute(0, 3, 1, 2), tau=0.1)
+    image = torch.arange(2)[:, None, None]
     to_otp = (emb - otp[label]).norm(dim=-1).mean()
-    to_vtp = (emb - torch.stack([p[y] for p, y in zip(vtp, label)])).norm(dim=-1).mean()
+    to_vtp = (emb - vtp[image, label]).norm(dim=-1).mean()
     moved = (vtp - otp).norm(dim=-1).mean(dim=0)
     print(f"mean distance of a pixel to the OTP {to_otp:.2f}, to the VTP {to_vtp:.2f}")
     print("how far each class moved:", " ".join(f"{x:.2f}" for x in moved))
-    print("Notice: the VTP is nearer to the pixels; that of the last class, which is in no image, has hardly moved.")
+    print("Notice: the VTP is nearer to the pixels. "
+          "The VTP of the last class, which is in no image, has hardly moved.")
     assert to_vtp < 0.9 * to_otp and moved[3] < 0.5 * moved[:3].min()
 
 

@@ -49,14 +49,19 @@ class Config:
     # the method
     method: str = option("ppar", "ppar, or erm: L_seg with w = 1 alone, the baseline", choices=("ppar", "erm"))
     clip: str = option(None, "CLIP by name (RN50, RN101, ViT-B/16, ...), path of a checkpoint, or toy")
-    prototypes: str = option("text", "OTP (Eq. 1), or a control", choices=("text", "shuffled"))
-    align: str = option("progressive", "lambda's schedule (Eq. 4); none: no L_align",
-                        choices=("progressive", "reversed", "otp", "vtp", "none"))
+    prototypes: str = option("text", "OTP (Eq. 1), or a control: other classes' text, or means of the source's pixels",
+                             choices=("text", "shuffled", "source"))
+    align: str = option("otp-to-vtp", "lambda's schedule (Eq. 4), a name in SCHEDULES of align.py; a wrong one lists them")
     w_align: float = option(1.0, "weight of L_align in Eq. 7", POSITIVE)
-    tau: float = option(0.07, "temperature of Eq. 2, 3 and of the text score", POSITIVE)
-    ramp: tuple[float, ...] = option((0.05, 0.3), "fractions of the run between which the ramp of Eq. 4 and 6 rises from 0 to 1", RAMP)
+    align_ramp: tuple[float, ...] = option((0.05, 0.3), "fractions of the run between which the goal of Eq. 4 moves", RAMP)
+    tau: float = option(0.07, "temperature of Eq. 3 and of the text score", POSITIVE)
+    tau_assign: float = option(0.07, "temperature of Eq. 2, with which frozen CLIP assigns cells to classes", POSITIVE)
+    beta: float = option(0.7, "of Eq. 2, the most that a VTP moves away from the text", SHARE)
+    mask_padding: bool = option(False, "leave the padding of training crops out of Eq. 2")
+    ramp: tuple[float, ...] = option((0.05, 0.3), "fractions of the run between which the ramp of Eq. 6 rises from 0 to 1", RAMP)
     reweight: bool = option(True, "learning weights of Eq. 6")
     balance: float = option(0.5, "not of the paper: weights times n_c^-balance, n_c the weight of the class in the batch", SHARE)
+    judge_text: float = option(0.5, "share of the text score in the second opinion of Eq. 5", SHARE)
     text_weight: float = option(0.5, "share of the text score <z, OTP> / tau in the prediction", SHARE)
     # the network and its optimiser
     stride: int = option(None, "stride of a ResNet's dense embedding (a ViT's is its patch)", choices=(8, 16, 32))
@@ -126,6 +131,9 @@ def configure(given):
     preset = PRESETS["toy" if toy else "real"] | (dict(crop=504) if str(given.get("clip")).startswith("ViT-L/14") else {})  # 36 patches
     config = Config(**{**preset, **off, **given})
     config.out = config.out or os.path.join("runs", f"{config.method}-{'-'.join(config.source)}-seed{config.seed}")
+    # Here and not in `parse`, because align.py needs torch, and `--help` must answer before torch is imported.
+    require(config.align in align.SCHEDULES,
+            f"--align {config.align} is no schedule of align.py: give {', '.join(align.SCHEDULES)}.")
     for f in dataclasses.fields(Config):
         rule, value = f.metadata["rule"], getattr(config, f.name)
         require(not rule or rule[1](value), f"{typed(f.name, value)} must be {rule and rule[0]}.")
@@ -176,9 +184,17 @@ def open_loader(stream, config, start, rank, processes, device):
                                        pin_memory=device.type == "cuda", worker_init_fn=machine.outlive_signals)
 
 
+def build(config):
+    """PPAR at step 0, from the flags of a run -> (PPAR, one line that says what was loaded of CLIP)."""
+    asks_clip = config.reweight or config.align not in ("otp", "none")  # Eq. 5 or Eq. 2
+    return ppar.build(config.clip, seed=config.seed, stride=config.stride, freeze=config.freeze,
+                      shuffle=config.prototypes == "shuffled", frozen_clip=asks_clip,
+                      tau=config.tau_assign, beta=config.beta, mask_padding=config.mask_padding)
+
+
 def open_network(config, state, rank, device, layout):
     """PPAR at step 0, or as the checkpoint `state` holds it; the first process says what was loaded of CLIP."""
-    module, report = machine.take_turns(rank, device, lambda: ppar.build(config))
+    module, report = machine.take_turns(rank, device, lambda: build(config))
     multiple = module.net.encoder.multiple
     require(config.crop % multiple == 0, f"--crop {config.crop} must be a multiple of {multiple} for --clip {config.clip}.")
     module.to(device, memory_format=layout)
@@ -206,6 +222,17 @@ def learning_rate(step, steps, warmup=0.05):
     """Factor on the learning rate: a linear warm-up over a share of the run, then polynomial decay of power 0.9."""
     first = max(int(warmup * steps), 1)
     return (step + 1) / first if step < first else (1 - (step - first) / max(steps - first, 1)) ** 0.9
+
+
+def schedule(config, step):
+    """The two numbers that change with the step -> dict(lam=..., ramp=...).
+
+    lam    lambda of Eq. 4, the share of the OTP in the goal; None: no alignment
+    ramp   of Eq. 6; 0: all learning weights are 1
+    """
+    lam = align.SCHEDULES[config.align](align.progress(step, config.steps, *config.align_ramp))  # Eq. 4
+    ramp = align.progress(step, config.steps, *config.ramp) if config.reweight else 0.0
+    return dict(lam=lam, ramp=ramp)
 
 
 def set_up(config, state, rank, processes, device, layout):
@@ -251,14 +278,10 @@ def describe(terms, at, out, otp, label, config, done):
         require(value is None or math.isfinite(value),
                 f"the loss term `{name}` is {value} at step {done}: the last good checkpoint, if one was written, stays in "
                 f"{config.out}; start anew with a lower --lr, or look at the data (python data.py --check).")
-    grid = align.labels_on_grid(label, out.emb)
-    count = (grid != data.VOID).sum().clamp_min(1)
-    for name, goal in dict(otp=otp, vtp=out.vtp).items():
-        if goal is not None:
-            row["radius_" + name] = (align.distance(out.emb, grid, goal).sum() / count).item()
-            row["loss_" + name] = (align.alignment_map(out.emb, grid, goal, config.tau).sum() / count).item()
+    row |= ppar.compare_goals(out, otp, label, tau=config.tau, judge_text=config.judge_text)
     if config.reweight:
-        row["reliability"] = (ppar.reliability(out, otp, label, config).sum() / (label != data.VOID).sum().clamp_min(1)).item()
+        omega = ppar.reliability(out, otp, label, tau=config.tau, judge_text=config.judge_text)
+        row["reliability"] = (omega.sum() / (label != data.VOID).sum().clamp_min(1)).item()
     return row
 
 
@@ -285,15 +308,21 @@ def train(config, state, rank, processes, device):
                 group["lr"] = group["peak"] * rate
             optimizer.zero_grad(set_to_none=True)
 
-            def objective(out, label=label, step=step):
-                return ppar.objective(out, module.otp, label, config, step, sum_over_processes)
+            at = schedule(config, step)
+
+            def objective(out, label=label, at=at):
+                if config.prototypes == "source":
+                    module.follow_source(out.emb, label, sum_over_processes)
+                return ppar.objective(out, module.otp, label, lam=at["lam"], ramp=at["ramp"], tau=config.tau,
+                                      judge_text=config.judge_text, balance=config.balance, w_align=config.w_align,
+                                      reduce=sum_over_processes)
 
             if config.micro_batch:
-                terms, at, out = machine.backward_in_parts(network, image, config.micro_batch, objective, autocast)
+                terms, out = machine.backward_in_parts(network, image, config.micro_batch, objective, autocast)
             else:
                 with autocast():
                     out = network(image)
-                terms, at = objective(out)
+                terms = objective(out)
                 # Each process has a share of the loss, and the shares add up to it. DistributedDataParallel takes the mean
                 # of the gradients, so the share is multiplied by the number of processes.
                 loss = processes * sum(terms.values())
@@ -327,6 +356,9 @@ def continue_run(given):
     state = checkpoint.read(folder)
     try:
         own = dict(state["config"])
+        new = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(Config) if f.name not in own]
+        require(not new, f"{folder}/last.pt was written by an earlier train.py, which had no {', '.join(new)}: go on with the "
+                f"commit that {folder}/run.json names, or start a new run with --out.")
         for name, value in given.items():
             require(name in MAY_CHANGE_ON_RESUME or value == own.get(name),
                     f"{typed(name, value)} differs from the run's own {typed(name, own.get(name))}: a resumed run keeps its "

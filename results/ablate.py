@@ -37,7 +37,7 @@ ROWS = {
     "full": ("the full method: alignment and weights", ""),
     "full-otp": ("full, OTP to the last step", "--align otp"),
     "vtp": ("full, VTP from the first step", "--align vtp"),
-    "reversed": ("full, VTP first, OTP last", "--align reversed"),
+    "reversed": ("full, VTP first, OTP last", "--align vtp-to-otp"),
     "only-reweight": ("weights without alignment", "--align none"),
     "no-reweight-harm30": ("without weights, 30 % harmful scenes", "--no-reweight --harmful 0.3"),
     "full-harm30": ("full, 30 % harmful scenes", "--harmful 0.3"),

@@ -146,9 +146,9 @@ def pixelwise():
         to_vtp, to_otp = (align.cosine_similarity_map(emb, points) for points in (vtp, otp))
         return F.cross_entropy(((1 - lam) * to_vtp + lam * to_otp) / length / tau, grid, ignore_index=data.VOID, reduction="none")
 
-    def remembering(out, *rest):
+    def remembering(out, *rest, **more):
         seen["clip"] = out.clip_emb
-        return objective(out, *rest)
+        return objective(out, *rest, **more)
     ppar.objective, align.alignment_map, align.goal = remembering, in_turn, lambda otp, vtp, lam: (otp, vtp, lam)
 
 

@@ -87,7 +87,7 @@ def network(name, method, device=CPU, **flags):
     net = model.SegmentationNet(TOWERS[name](), stride=config.stride)
     original = None if method == "erm" else copy.deepcopy(net.encoder).requires_grad_(False)  # which Eq. 2 asks
     net.encoder.freeze(config.freeze)
-    module = ppar.PPAR(net, workbench.unit_rows(19, net.encoder.dim), original, config.tau).train()
+    module = ppar.PPAR(net, workbench.unit_rows(19, net.encoder.dim), original, config.tau_assign, config.beta).train()
     _, autocast, layout = checkpoint.precision(config.amp, device)
     module.to(device, memory_format=layout)
     image, label = random_batch(config, device)
@@ -97,7 +97,7 @@ def network(name, method, device=CPU, **flags):
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        terms, _, _ = workbench.backward(module, image, label, config, 50, autocast)
+        terms, _ = workbench.backward(module, image, label, config, 50, autocast)
         optimizer.step()
         return sum(terms.values())  # still on the device: nobody waits for it
 

@@ -158,7 +158,7 @@ def write_chunks(path, size, depth, kind, body, palette=None):
 
 SIZE = (72, 100)  # of the pictures; no multiple of anything
 # Every part of the method is at work from the first steps on, and the learning rate moves the weights.
-FLAGS = """--source gta5 --targets cityscapes --crop 64 --batch 4 --steps 8 --lr 1e-3 --ramp 0 0.5
+FLAGS = """--source gta5 --targets cityscapes --crop 64 --batch 4 --steps 8 --lr 1e-3 --ramp 0 0.5 --align-ramp 0 0.5
     --amp fp32 --workers 0 --device cpu""".split()
 
 
@@ -210,10 +210,11 @@ def run(tmp_path, net, otp):
 
     write_tiny(tmp_path / "data", "bdd", n=3, size=(40, 72), split="val")
     config = dict(source=("toy-gta5",), targets=("bdd",), data_root=str(tmp_path / "data"), mapillary="A", holdout=0,
-                  tau=0.07, method="ppar", text_weight=0.25, harmful=0.1, reweight=True, batch=2, seed=0, clip="toy", amp="fp32",
+                  tau=0.07, tau_assign=0.07, beta=0.7, mask_padding=False, method="ppar", judge_text=0.25, text_weight=0.25,
+                  harmful=0.1, reweight=True, batch=2, seed=0, clip="toy", amp="fp32",
                   out="elsewhere", workers=8, steps=7)
     (tmp_path / "run").mkdir()
-    state = dict(model=net.state_dict(), clip=small_net(seed=1).encoder.state_dict(), otp=otp,
+    state = dict(model=net.state_dict(), clip=small_net(seed=1).encoder.state_dict(), otp=otp, seen=torch.zeros(19, dtype=torch.bool),
                  arch=net.arch, config=config, step=7, optimizer={})
     torch.save(state, tmp_path / "run" / "last.pt")
     return tmp_path / "run", config

@@ -88,8 +88,8 @@ def answers(module, config, image, label, step):
     row, grads, _ = workbench.one_step(config, image, label, step, module)
     with torch.no_grad():
         out = module(image)
-        weight = ppar.learning_weights(out, module.otp, label, config, step / config.steps)
-        best = ppar.prediction(out, module.otp, config).argmax(dim=1)
+        weight = ppar.learning_weights(out, module.otp, label, tau=config.tau, judge_text=config.judge_text, ramp=step / config.steps)
+        best = ppar.prediction(out.logits, out.emb, module.otp, tau=config.tau, text_weight=config.text_weight).argmax(dim=1)
     assert step == 0 or 0.01 < (weight < 1).float().mean() < 0.99, "Eq. 6 has nothing to decide here"
     return row, {name: grad.cpu() for name, grad in grads.items()}, weight.cpu(), best.cpu()
 
@@ -271,13 +271,16 @@ def part_table(device, sizes):
 
     def look():
         with autocast():
-            return module.as_clip_came(image)
+            return module.ask_frozen_clip(image)
+
+    def loss():
+        sum(ppar.objective(out, module.otp, label, **workbench.numbers(config, 50)).values()).backward()
 
     out = ppar.Output(*(x.detach().requires_grad_() for x in forward()), *look())
     parts = {"the batch to the device, as floats": lambda: data.normalise(bytes_.to(device, non_blocking=True)),
              "network, forward": forward, "network, both ways": lambda: torch.autograd.backward(forward(), [x.detach() for x in out[:2]]),
              "CLIP's look (Eq. 2)": look,
-             "loss (Eq. 3 to 7), both ways": lambda: sum(ppar.objective(out, module.otp, label, config, 50)[0].values()).backward(),
+             "loss (Eq. 3 to 7), both ways": loss,
              "optimiser": optimizer.step, "the whole step": step}
     return [dict(part=name, ms=1000 * s) for name, s in bench.interleaved(parts, sizes["repeats"], device).items()]
 

@@ -1,5 +1,6 @@
 """Eq. 3 and 4: align.py against plain loops, closed forms and what must not change it."""
 
+import contextlib
 import math
 
 import pytest
@@ -154,6 +155,47 @@ def test_a_cell_has_the_label_of_the_pixel_at_its_centre(row, col):
     assert torch.equal(align.labels_on_grid(label, torch.empty(B, D, H, W)), expected)
 
 
+@pytest.mark.parametrize("size, grid", [((18, 18), (4, 4)), ((16, 18), (4, 4)), ((18, 16), (4, 4)), ((2, 4), (4, 4))])
+def test_a_label_that_does_not_divide_into_cells_is_refused_with_both_sizes(size, grid):
+    with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels .* {grid[0]} x {grid[1]} cells: .* multiple"):
+        align.labels_on_grid(torch.zeros(1, *size, dtype=torch.long), torch.empty(1, D, *grid))
+
+
+WRONG_LABELS = {  # what is wrong: (the label made of a right one, what the sentence says)
+    "uint8": (lambda label: label.byte(), "int64, not torch.uint8"),
+    "int32": (lambda label: label.int(), "int64, not torch.int32"),
+    "float": (lambda label: label.float(), "int64, not torch.float32"),
+    "larger": (lambda label: label.repeat_interleave(2, 1).repeat_interleave(2, 2), r"\(2, 6, 8\) .* \(2, 3, 4\): call labels_on_grid"),
+    "another batch": (lambda label: label[:1], r"\(1, 3, 4\) .* \(2, 3, 4\)"),
+    "K": (lambda label: label.where(label != 2, K), "the id 5: ids must be 0 to 4, or 255"),
+    "254": (lambda label: label.where(label != 2, 254), "the id 254"),
+    "256": (lambda label: label.where(label != 2, 256), "the id 256"),
+    "the last one, from behind": (lambda label: label.where(label != 2, -1), "the id -1"),
+    "-100": (lambda label: label.where(label != 255, -100), "the id -100"),  # torch's own number for void
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_LABELS)
+def test_what_is_no_label_is_refused_in_one_sentence(kind):
+    emb, label, prototypes, weight = random_case()
+    spoil, said = WRONG_LABELS[kind]
+    for function in (lambda y: alignment_map(emb, y, prototypes, TAU), lambda y: alignment_loss(emb, y, prototypes[0], TAU),
+                     lambda y: align.distance(emb, y, prototypes[0])):
+        with pytest.raises(ValueError, match=said):
+            function(spoil(label))
+        function(label)
+
+
+def test_types_and_shapes_are_checked_and_the_ids_are_not_asked_for(monkeypatch):
+    """To read an id, the program waits for a GPU. A tensor on "meta" has no ids at all: whoever asks gets an error."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know this device
+    emb, label, prototypes, _ = (x.to("meta") for x in random_case())
+    assert alignment_map(emb, label, prototypes, TAU).shape == align.distance(emb, label, prototypes).shape == (B, H, W)
+    for wrong in (label.byte(), label[:1]):
+        with pytest.raises(ValueError, match="a label"):
+            alignment_map(emb, wrong, prototypes, TAU)
+
+
 # ------------------------------------------------------------------------------------------------------------- Eq. 4
 
 
@@ -197,4 +239,4 @@ def test_between_two_prototypes_at_a_right_angle_the_goal_has_the_closed_form():
 
 def test_each_schedule_is_what_its_name_says_without_a_jump():
     shares = {name: tuple(schedule(r) for r in (0.0, 0.25, 1.0)) for name, schedule in align.SCHEDULES.items()}
-    assert shares == dict(progressive=(1, 0.75, 0), reversed=(0, 0.25, 1), otp=(1, 1, 1), vtp=(0, 0, 0), none=(None,) * 3)
+    assert shares == {"otp-to-vtp": (1, 0.75, 0), "vtp-to-otp": (0, 0.25, 1), "otp": (1, 1, 1), "vtp": (0, 0, 0), "none": (None,) * 3}

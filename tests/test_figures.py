@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -97,20 +96,24 @@ def test_an_embedding_is_seen_in_the_plane_of_the_largest_variance_of_pixels_and
 
 
 def test_curves_are_distance_loss_and_lambda_with_a_gap_where_a_method_has_no_number(tmp_path, drawn):
-    log = [dict(step=10, radius_otp=1.0, radius_vtp=0.7, loss_otp=3.0, loss_vtp=2.0, lam=None),
-           dict(step=20, radius_otp=0.9, radius_vtp=0.8, loss_otp=4.0, loss_vtp=1.0, lam=0.5)]
+    log = [dict(step=10, radius_otp=1.0, radius_vtp=0.7, loss_otp=3.0, loss_vtp=2.0, nearer_vtp=0.9, easier_vtp=0.6, lam=None),
+           dict(step=20, radius_otp=0.9, radius_vtp=0.8, loss_otp=4.0, loss_vtp=1.0, nearer_vtp=1.0, easier_vtp=0.7, lam=0.5)]
     figures.figure_curves(tmp_path / "c.png", log)
-    for ax, values in zip(drawn[0].axes, ([(1, 0.9), (0.7, 0.8)], [(3, 4), (2, 1)], [(np.nan, 0.5)]), strict=True):
+    panels = [(1, 0.9), (0.7, 0.8)], [(3, 4), (2, 1)], [(0.9, 1), (0.6, 0.7)], [(np.nan, 0.5)]
+    for ax, values in zip(drawn[0].axes, panels, strict=True):
         lines = [line.get_xydata() for line in ax.lines]
         assert np.array_equal(lines, [[(10, y), (20, z)] for y, z in values], equal_nan=True)
-    assert [text.get_text() for text in drawn[0].axes[1].get_legend().get_texts()] == ["loss_otp", "loss_vtp"]
+    legends = [[text.get_text() for text in ax.get_legend().get_texts()] for ax in drawn[0].axes]
+    assert legends[1:3] == [["loss_otp", "loss_vtp"], ["nearer_vtp", "easier_vtp"]]
+    figures.figure_curves(tmp_path / "c.png", [{key: row[key] for key in row if "vtp" not in key} for row in log])  # alignment to the OTP
+    assert [ax.get_ylabel() for ax in drawn[1].axes] == ["distance", "loss, Eq. 3", "lambda, Eq. 4"]
 
 
 def trust(net, otp, image, label):
     """Eq. 5 and 6 at the end of the ramp, (2, H, W), nan on void. A place reaches a cell of 16 pixels to each side."""
     out, padded, _ = ppar.look(ppar.PPAR(net, otp, small_net(seed=1).encoder.eval()), data.to_tensor(image), label)
-    witness = out._replace(emb=out.clip_emb)  # CLIP as it came, as the run's folder has it
-    omega = reweight.reliability(ppar.prediction(witness, otp, SimpleNamespace(tau=0.07, text_weight=0.25)), padded)
+    log_q = ppar.prediction(out.logits, out.clip_emb, otp, tau=0.07, text_weight=0.25)  # frozen CLIP, as the run's folder has it
+    omega = reweight.reliability(log_q, padded)
     weight = reweight.learning_weights(omega, reweight.place_reliability(omega, padded, 33), padded, ramp=1.0)
     return torch.where(padded == VOID, torch.nan, torch.cat([omega, weight]))[:, :label.shape[0], :label.shape[1]]
 

@@ -19,7 +19,6 @@ from test_evaluate import three_tables, written
 import checkpoint
 import evaluate
 import ppar
-import train
 from evaluate import mean_iou
 from model import DenseCLIP
 
@@ -45,9 +44,9 @@ def tilted(module):
     return twin
 
 
-def curious(*args, objective=ppar.objective):
-    terms, at = objective(*args)
-    return terms, dict(at, seen=terms["seg"].item())
+def curious(*args, objective=ppar.objective, **numbers):
+    terms = objective(*args, **numbers)
+    return dict(terms, seg=terms["seg"] + 0 * terms["seg"].item())
 
 
 def broken(self, image, forward=DenseCLIP.forward):

@@ -8,7 +8,6 @@ import json
 import pathlib
 import pickle
 import urllib.error
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -336,11 +335,10 @@ def test_no_tensor_stays_on_the_cpu_when_the_network_is_on_another_device(kind, 
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know this device
     net = small_net(kind, stride)
     module = ppar.PPAR(net, torch.empty(7, DIM), copy.deepcopy(net.encoder).requires_grad_(False)).to_empty(device="meta")
-    config = SimpleNamespace(steps=2, ramp=(0, 1), align="progressive", reweight=True, balance=0, w_align=1, tau=0.1, text_weight=0.5)
     with torch._functorch.config.patch(fake_tensor_allow_meta=True), FakeTensorMode(allow_non_fake_inputs=True):
         out = module(torch.empty(2, 3, 96, 160, device="meta"))  # not the native grid, so positions are resized too
         label = torch.zeros(2, 96, 160, dtype=torch.long, device="meta")
-        terms, _ = ppar.objective(out, module.otp, label, config, step=1)
+        terms = ppar.objective(out, module.otp, label, lam=0.5, ramp=0.5, tau=0.1, judge_text=0.5, balance=0.5)
         sum(terms.values()).backward()
     assert {t.device.type for t in (*out, *terms.values())} == {"meta"} and set(terms) == {"seg", "align"}
     assert {p.grad.device.type for p in module.parameters() if p.requires_grad} == {"meta"}

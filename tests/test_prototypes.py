@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from make_clip import make_clip
 from workbench import unit_rows
 
-from prototypes import TEMPLATES, original_text_prototypes, shuffled_prototypes, visual_text_prototypes
+from prototypes import TEMPLATES, original_text_prototypes, shuffled_prototypes, source_prototypes, visual_text_prototypes
 
 torch.set_num_threads(1)
 
@@ -88,6 +88,51 @@ def test_shuffled_prototypes_are_the_same_points_and_no_class_keeps_its_own(seed
     assert not torch.equal(rows, shuffled_prototypes(otp, seed + 5))
 
 
+def batches(number=4):
+    """Embeddings and labels of some batches: class 3 in none, class 2 in the third alone, some void."""
+    g = torch.Generator().manual_seed(3)
+    for n in range(number):
+        emb = torch.randn(B, D, H, W, generator=g) * (0.2 + 3 * torch.rand(B, 1, H, W, generator=g))
+        label = torch.randint(0, 3 if n == 2 else 2, (B, H, W), generator=g)
+        label[torch.rand(B, H, W, generator=g) < 0.3] = 255
+        yield emb, label
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.5])
+def test_naive_prototypes_equal_plain_loops_over_batches_classes_and_pixels(momentum):
+    otp = unit_rows(K, D)
+    expected, got, seen = otp.tolist(), otp, torch.zeros(K, dtype=torch.bool)
+    for emb, label in batches():
+        for c in range(K):
+            own = [norm(emb[b, :, i, j].tolist()) for b, i, j in (label == c).nonzero().tolist()]
+            if own:
+                mean = norm([sum(column) / len(own) for column in zip(*own)])
+                old = expected[c] if seen[c] else mean  # at first sight, nothing of the text stays
+                expected[c] = norm([momentum * a + (1 - momentum) * b for a, b in zip(old, mean)])
+        got, seen = source_prototypes(got, seen, emb.requires_grad_(), label, momentum)
+        torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+        assert not got.requires_grad
+    assert seen.tolist() == [True, True, True, False] and torch.equal(got[3], otp[3]), "a class that was never seen keeps its text"
+    start = source_prototypes(otp, torch.zeros(K, dtype=torch.bool), emb, label)  # 0.9 is the default
+    assert all(map(torch.equal, start, source_prototypes(otp, torch.zeros(K, dtype=torch.bool), emb, label, 0.9)))
+
+
+def test_a_batch_without_labels_leaves_naive_prototypes_and_two_processes_make_those_of_one():
+    emb, label = next(batches(1))
+    otp, seen = unit_rows(K, D), torch.tensor([True, False, False, False])
+    rows, after = source_prototypes(otp, seen, emb, torch.full_like(label, 255))
+    assert torch.equal(rows, otp) and torch.equal(after, seen)
+    label[0] = 255  # the first process has nothing
+    sums = []
+    for part in (slice(0, 1), slice(1, 2)):
+        source_prototypes(otp, seen, emb[part], label[part], reduce=lambda x: sums.append(x) or x)
+    whole = source_prototypes(otp, seen, emb, label)
+    for part in (slice(0, 1), slice(1, 2)):
+        rows, after = source_prototypes(otp, seen, emb[part], label[part], reduce=lambda x: sum(sums))
+        torch.testing.assert_close(rows, whole[0])
+        assert torch.equal(after, whole[1])
+
+
 # ------------------------------------------------------------------------------------------------------------- Eq. 2
 
 
@@ -116,6 +161,22 @@ def test_eq_2_equals_plain_loops_over_images_classes_and_cells_and_has_no_gradie
     vtp = visual_text_prototypes(otp.requires_grad_(), emb.requires_grad_(), tau, beta, kappa)
     torch.testing.assert_close(vtp, expected, rtol=1e-4, atol=1e-5)  # float32
     assert not vtp.requires_grad and torch.equal(vtp, visual_text_prototypes(otp, emb, tau, beta, kappa))
+
+
+def test_cells_that_show_padding_leave_the_vtp_and_half_a_cell_counts_half():
+    otp, emb = random_image()
+    shown = torch.ones(B, H, W)
+    torch.testing.assert_close(visual_text_prototypes(otp, emb, 0.2, shown=shown), visual_text_prototypes(otp, emb, 0.2))
+    shown[:, :, 3:] = 0
+    image_alone = visual_text_prototypes(otp, emb[..., :3], 0.2)
+    for padding in (emb, emb.index_fill(3, torch.tensor([3, 4]), 1.0)):  # whatever CLIP makes of it
+        torch.testing.assert_close(visual_text_prototypes(otp, padding, 0.2, shown=shown), image_alone)
+    assert not torch.allclose(visual_text_prototypes(otp, emb, 0.2), image_alone, atol=1e-2)
+    twice = torch.cat([emb, emb[:, :, :1]], dim=2)  # a row that counts half, two times
+    shown = torch.ones(B, H + 1, W)
+    shown[:, [0, -1]] = 0.5
+    torch.testing.assert_close(visual_text_prototypes(otp, twice, 0.2, shown=shown), visual_text_prototypes(otp, emb, 0.2))
+    assert visual_text_prototypes(otp, emb, 0.2, shown=torch.zeros(B, H, W)).isfinite().all()
 
 
 def test_eq_2_on_an_example_worked_by_hand():

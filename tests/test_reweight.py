@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reweight import learning_weights, place_reliability, reliability
+from reweight import centres, learning_weights, place_reliability, reliability
 
 torch.set_num_threads(1)
 
@@ -48,6 +48,62 @@ def test_eq_5_equals_plain_loops_over_the_pixels_and_has_no_gradient():
     omega = reliability(logits.requires_grad_(), label)
     torch.testing.assert_close(omega, expected, rtol=1e-5, atol=1e-7)  # float32, 0 on void
     assert not omega.requires_grad and torch.equal(omega, reliability(logits, label))
+
+
+@pytest.mark.parametrize("label_size, grid", [
+    ((12, 17), (5, 6)), ((8, 12), (4, 3)), ((7, 9), (7, 9)), ((70, 98), (17, 24)), ((9, 5), (2, 4))])
+def test_a_pixel_of_the_label_asks_the_pixel_of_logits_that_its_centre_lies_in(label_size, grid):
+    """At whole ratios it makes no difference whether a corner or the centre is mapped, at others it does."""
+    g = torch.Generator().manual_seed(1)
+    logits, label = 3 * torch.randn(1, K, *grid, generator=g), torch.randint(0, K, (1, *label_size), generator=g)
+    ratio, omega = (logits - logits.amax(1, keepdim=True)).exp(), reliability(logits, label)
+    for i in range(label_size[0]):
+        for j in range(label_size[1]):
+            row, column = math.floor((i + 0.5) / label_size[0] * grid[0]), math.floor((j + 0.5) / label_size[1] * grid[1])
+            assert omega[0, i, j] == ratio[0, label[0, i, j], row, column]
+    picture = torch.arange(math.prod(grid), dtype=torch.float32).view(1, 1, *grid)  # and torch's own exact rule agrees
+    cells = F.interpolate(picture, size=label_size, mode="nearest-exact")[0, 0]
+    row, column = (centres(pixels, cells, "cpu") for pixels, cells in zip(label_size, grid))
+    assert torch.equal(cells, picture[0, 0][row[:, None], column])
+
+
+WRONG_LABELS = {  # what is wrong: (the label made of a right one, what the sentence says)
+    "uint8": (lambda label: label.byte(), "int64, not torch.uint8"),
+    "float": (lambda label: label.float(), "int64, not torch.float32"),
+    "coarser": (lambda label: label[:, ::2], r"\(2, 4, 9\) is none of logits of shape \(2, 4, 7, 9\)"),
+    "narrower": (lambda label: label[:, :, 1:], r"\(2, 7, 8\) is none of logits"),
+    "one image": (lambda label: label[:1], r"\(1, 7, 9\)"), "no batch": (lambda label: label[0], r"\(7, 9\) is none"),
+    "K": (lambda label: label.where(label != 2, K), "the id 4: .* 0 to 3, or 255"),
+    "254": (lambda label: label.where(label != 2, 254), "the id 254"),
+    "the last one, from behind": (lambda label: label.where(label != 2, -1), "the id -1"),
+    "-100": (lambda label: label.where(label != 255, -100), "the id -100"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_LABELS)
+def test_what_is_no_label_of_the_logits_is_refused_in_one_sentence(kind):
+    logits, label = random_case()
+    spoil, said = WRONG_LABELS[kind]
+    with pytest.raises(ValueError, match=said):
+        reliability(logits, spoil(label))
+
+
+def test_the_ids_are_not_asked_for():
+    """To read an id, the program waits for a GPU. A tensor on "meta" has no ids at all: whoever asks gets an error."""
+    logits, label = (x.to("meta") for x in random_case())
+    assert weights(logits, label).shape == label.shape
+    with pytest.raises(ValueError, match="int64"):
+        reliability(logits, label.byte())
+
+
+def test_numbers_of_another_shape_than_the_label_and_a_window_without_a_middle_are_refused():
+    omega, place, label = random_reliability()
+    for call in (lambda: place_reliability(omega[:, 1:], label, 3), lambda: learning_weights(omega[:1], place, label, 1.0),
+                 lambda: learning_weights(omega, place[:, :, :1], label, 1.0)):
+        with pytest.raises(ValueError, match=r"numbers are none of a label of shape \(2, 7, 9\)"):
+            call()
+    with pytest.raises(ValueError, match="side must be odd, not 4"):
+        place_reliability(omega, label, 4)
 
 
 def test_eq_5_on_an_example_worked_by_hand():

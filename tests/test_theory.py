@@ -295,7 +295,7 @@ def test_two_legs_are_an_equality_on_the_goal_and_fail_with_that_of_another_imag
     assert debt + widest < risk_far - risk_near <= (debt + widest) / 0.05
 
 
-@pytest.mark.parametrize("name, owed", [("progressive", 1), ("vtp", 1), ("reversed", 0), ("otp", 0)])
+@pytest.mark.parametrize("name, owed", [("otp-to-vtp", 1), ("vtp", 1), ("vtp-to-otp", 0), ("otp", 0)])
 def test_debt_at_the_end_of_each_schedule_is_that_of_the_text(name, owed):
     """In parts of the gap, for a VTP at a right angle to its OTP."""
     otp, vtp = torch.eye(2, dtype=torch.float64)[:1], torch.eye(2, dtype=torch.float64)[None, 1:]
@@ -492,7 +492,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "load_pair", load_pair)
     torch.manual_seed(4)
     config = SimpleNamespace(source=["src"], targets=["far"], data_root="unused", tau=0.1, seed=0, holdout=3, harmful=0.2,
-                             reweight=True, text_weight=0.3, method="ppar", mapillary="B", out=str(tmp_path))
+                             reweight=True, judge_text=0.3, text_weight=0.3, method="ppar", mapillary="B", out=str(tmp_path))
     return checkpoint.Run(Tiny(), config, 7, tmp_path), list_items("src", "", "train"), calls
 
 

@@ -38,6 +38,7 @@ import data
 import evaluate
 import machine
 import ppar
+import prototypes
 import train
 
 torch.set_num_threads(1)
@@ -125,7 +126,8 @@ def stopped(out, at, *flags, steps=8):
 
 
 @pytest.mark.parametrize("flags", ["", "--amp bf16", "--prototypes shuffled --align vtp", "--method erm --micro-batch 3",
-                                   "--save-every 500"], ids=["full", "bf16", "wrong names", "erm in parts", "from step 0"])
+                                   "--save-every 500", "--prototypes source --align otp --no-reweight"],
+                         ids=["full", "bf16", "wrong names", "erm in parts", "from step 0", "naive"])
 def test_a_run_that_died_goes_on_with_other_workers_to_the_same_bits(flags, world, tmp_path):
     flags = [*world["flags"], "--steps", 4, "--save-every", 2, *flags.split()]
     calm, out = trained(tmp_path / "calm", *flags), stopped(tmp_path / "run", 3, *flags, steps=4)
@@ -187,6 +189,16 @@ def test_a_last_pt_that_train_did_not_write_is_refused(kind, straight, tmp_path,
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
+def test_a_checkpoint_of_an_earlier_train_py_is_refused_with_the_flags_that_it_lacks(straight, tmp_path):
+    """A default that has changed since would silently change the rest of the run."""
+    state = torch.load(straight / "last.pt", weights_only=True)
+    del state["config"]["align_ramp"], state["config"]["beta"]
+    state["config"]["align"] = "progressive"  # a name that schedules had
+    torch.save(state, tmp_path / "last.pt")
+    sentence = main("--resume", tmp_path)
+    assert is_one_sentence(sentence) and "had no --align-ramp, --beta" in sentence and "--out" in sentence
+
+
 @pytest.mark.parametrize("flag", """--lr 0.1, --seed 1, --steps 9, --batch 2, --method erm, --align otp, --no-reweight, --crop 32,
     --source synthia, --clip other.pt, --w-align 0.3, --amp bf16, --ramp 0.2 0.4, --out elsewhere""".split(","))
 def test_a_flag_that_would_change_the_result_is_refused_on_resume(flag, straight):
@@ -228,21 +240,22 @@ def test_two_runs_are_the_same_bits_with_any_workers_and_whatever_the_global_ran
 
 
 def test_every_method_starts_from_the_same_network_and_sees_the_same_batches_and_another_seed_others(world, tmp_path, monkeypatch):
-    forward, objective, seen, images, checked = ppar.PPAR.forward, ppar.objective, {}, [], []
+    forward, objective, seen, images, checked, runs = ppar.PPAR.forward, ppar.objective, {}, [], [], []
 
     def spy_forward(self, image):
         images.append((image, copy.deepcopy(dict(self.net.state_dict()))))
         return forward(self, image)
 
-    def spy_objective(out, otp, label, config, *rest, **more):
+    def spy_objective(out, otp, label, **more):
         image, weights = images[-1]
-        seen.setdefault(config.out, [weights]).append((image, label))
-        return objective(out, otp, label, config, *rest, **more)
+        seen.setdefault(runs[-1], [weights]).append((image, label))
+        return objective(out, otp, label, **more)
 
     monkeypatch.setattr(ppar.PPAR, "forward", spy_forward)
     monkeypatch.setattr(ppar, "objective", spy_objective)
     monkeypatch.setattr(train, "check_first_step", lambda *_: checked.append(len([*seen.values()][-1]) - 1))
     for n, flags in enumerate(("", "--method erm", "--prototypes shuffled", "--align otp", "--seed 1")):
+        runs.append(n)
         trained(tmp_path / str(n), *world["flags"], *flags.split(), "--steps", 2)
     full, *others, seed = seen.values()
     assert checked == [1] * 5  # after the first step of each
@@ -267,14 +280,15 @@ def as_ranks(number, flags, out, **more):
     return out
 
 
-@pytest.mark.parametrize("number, flags", [(2, ""), (1, "--micro-batch 3"), (2, "--micro-batch 1"), (2, "--method erm --balance 0.5")])
+@pytest.mark.parametrize("number, flags", [(2, ""), (1, "--micro-batch 3"), (2, "--micro-batch 1"), (2, "--method erm --balance 0.5"),
+                                           (2, "--prototypes source --align otp"), (1, "--prototypes source --micro-batch 3")])
 def test_processes_and_micro_batches_have_the_losses_of_the_whole_batch(number, flags, world, tmp_path):
     flags = [*world["flags"], "--steps", 20, "--lr", 1e-4, *flags.split()]
     one = trained(tmp_path / "one", *flags, "--micro-batch", 0)
     assert largest_difference(as_ranks(number, [*flags, "--out", tmp_path / "two"], tmp_path / "two"), one) < 1e-5
 
 
-@pytest.mark.parametrize("flags", ["", "--no-reweight", "--align reversed", "--align otp", "--align none", "--balance 0", "--balance 1",
+@pytest.mark.parametrize("flags", ["", "--no-reweight", "--align vtp-to-otp", "--align otp", "--align none", "--balance 0", "--balance 1",
                                    "--method erm", "--method erm --balance 1"])
 @pytest.mark.parametrize("void", [0, 1, 4])
 def test_one_step_in_parts_is_the_step_of_the_whole(flags, void, world):
@@ -389,14 +403,16 @@ def test_help_and_an_unknown_flag_are_answered_without_torch(tmp_path):
 
 BAD_FLAGS = {flags.strip(): flags.strip() for flags in """--crop 0, --steps 0, --batch 0, --micro-batch -1, --workers -1, --lr 0, --lr inf,
     --lr nan, --lr-clip -1, --tau 0, --w-align -1, --w-align 0, --text-weight 2, --harmful 1.5, --ramp 0.6 0.6,
-    --ramp 0.5, --ramp 0.0 1.1, --ramp -0.1 1, --save-every 0, --seed -1, --holdout -1, --balance 2, --freeze -1,
+    --ramp 0.5, --ramp 0.0 1.1, --ramp -0.1 1, --align-ramp 0.6 0.6, --judge-text 2, --tau-assign 0, --beta 1.5,
+    --save-every 0, --seed -1, --holdout -1, --balance 2, --freeze -1,
     --device nonsense""".split(",")} | {
     "--crop 100": "--crop 100 must be a multiple of 32", "--holdout 5 --targets gta5": "--holdout 5",
     "--source nowhere": "no data set 'nowhere'", "--targets nowhere": "no data set 'nowhere'", "--clip RN51": "RN50",
     "--clip no/such/file.pt": "no/such/file.pt", "--data-root no/such/folder": "no/such/folder", "--targets idd": "leftImg8bit",
     "--source acdc": "rgb_anon", "--harmful 0.2": "gta5", "--method erm --align otp": "--align otp",
     "--method erm --text-weight 0.2": "--text-weight 0.2", "--method erm --reweight": "--reweight",
-    "--method erm --text-weight 0.5": "--text-weight 0.5", "--out /dev/null": "/dev/null", "--out /dev/null/run": "/dev/null/run",
+    "--align sideways": ", ".join(align.SCHEDULES), "--method erm --text-weight 0.5": "--text-weight 0.5",
+    "--out /dev/null": "/dev/null", "--out /dev/null/run": "/dev/null/run",
 } | {"--freeze 6": "between 0 and 5"} | ({} if torch.cuda.is_available() else {"--device cuda": "--device cuda"})
 
 
@@ -495,9 +511,48 @@ def test_the_learning_rate_rises_linearly_falls_polynomially_and_is_never_zero()
     assert train.learning_rate(1, 40) == train.learning_rate(2, 40) == 1 == 2 * train.learning_rate(0, 40)  # warm-up: a twentieth
 
 
+@pytest.mark.parametrize("flags, at_0, at_30, at_90", [
+    ("", (1, 0), (0, 1), (0, 1)), ("--align vtp-to-otp", (0, 0), (1, 1), (1, 1)), ("--no-reweight", (1, 0), (0, 0), (0, 0)),
+    ("--align vtp-to-otp --align-ramp 0.3 0.9", (0, 0), (0, 1), (1, 1)), ("--align none --ramp 0.3 0.9", (None, 0), (None, 0), (None, 1)),
+])
+def test_the_goal_and_the_weights_have_a_ramp_each(flags, at_0, at_30, at_90):
+    config = train.configure(train.parse(["--steps", "100", *flags.split()]))
+    for step, (lam, ramp) in zip((0, 30, 90), (at_0, at_30, at_90)):
+        assert train.schedule(config, step) == dict(lam=lam, ramp=ramp)
+
+
+def test_every_number_of_the_method_reaches_its_place(world, monkeypatch, tmp_path):
+    built, numbers, build, objective = [], [], ppar.build, ppar.objective
+    monkeypatch.setattr(ppar, "build", lambda *a, **more: built.append(more) or build(*a, **more))
+    monkeypatch.setattr(ppar, "objective", lambda *a, **more: numbers.append(more) or objective(*a, **more))
+    flags = "--tau 0.1 --tau-assign 0.02 --beta 0.5 --mask-padding --judge-text 0.3 --text-weight 0.6 --balance 0.2 --w-align 0.8"
+    trained(tmp_path / "run", *world["flags"], *flags.split(), "--steps", 1)
+    assert built[0] == built[0] | dict(tau=0.02, beta=0.5, mask_padding=True)
+    assert numbers[0] == numbers[0] | dict(tau=0.1, judge_text=0.3, balance=0.2, w_align=0.8)
+    loaded = checkpoint.load_run(tmp_path / "run").ppar
+    assert (loaded.tau, loaded.beta, loaded.mask_padding) == (0.02, 0.5, True)
+
+
+def test_with_naive_prototypes_goal_and_prediction_are_the_running_means_and_no_gradient_moves_them(world, tmp_path):
+    flags = [*world["flags"], "--prototypes", "source", "--align", "otp", "--no-reweight", "--steps", 3]
+    out = trained(tmp_path / "run", *flags)
+    state, config = read_state(out), configured(world, *flags[len(world["flags"]):])
+    text, rows, seen = train.build(config)[0].otp, train.build(config)[0].otp, torch.zeros(19, dtype=torch.bool)
+    module = train.build(config)[0].train()
+    emb = module(one_batch(config, world)[0]).emb
+    rows, seen = prototypes.source_prototypes(rows, seen, emb, align.labels_on_grid(one_batch(config, world)[1], emb))
+    first = checkpoint.read(trained(tmp_path / "first", *flags[:-1], 1))
+    torch.testing.assert_close(first["otp"], rows)
+    assert torch.equal(first["seen"], seen) and 0 < seen.sum() and (state["seen"] >= seen).all()
+    assert not torch.allclose(state["otp"][seen], text[seen], atol=0.1) and torch.equal(state["otp"][~state["seen"]], text[~state["seen"]])
+    torch.testing.assert_close(state["otp"].norm(dim=1), torch.ones(19))
+    assert torch.equal(checkpoint.load_run(out).ppar.otp, state["otp"])
+
+
 def test_the_presets_are_what_the_documents_say():
     toy, real = vars(train.configure({})), vars(train.configure({"source": ("gta5",)}))
-    both = dict(method="ppar", align="progressive", w_align=1.0, tau=0.07, ramp=(0.05, 0.3), reweight=True, balance=0.5,
+    both = dict(method="ppar", prototypes="text", align="otp-to-vtp", align_ramp=(0.05, 0.3), w_align=1.0, tau=0.07,
+                tau_assign=0.07, beta=0.7, mask_padding=False, ramp=(0.05, 0.3), judge_text=0.5, reweight=True, balance=0.5,
                 text_weight=0.5, freeze=3, batch=8, holdout=0, micro_batch=0, save_every=500, compile=False, figures=True)
     assert toy == toy | both | dict(source=("toy-gta5",), clip="toy", stride=8, steps=400, crop=96, lr=3e-3, lr_clip=0.03, amp="fp32",
                                     workers=2, harmful=0.1, out="runs/ppar-toy-gta5-seed0")
@@ -543,7 +598,7 @@ def test_every_flag_reaches_its_field_and_what_cannot_be_read_is_refused():
     assert train.parse(flags.split()) == dict(source=("a", "b"), figures=False, lr=2e-3, micro_batch=3, align="vtp",
                                               compile=True, stride=8, ramp=(0.0, 0.5))
     assert [train.parse(["--stride", stride])["stride"] for stride in ("8", "16", "32")] == [8, 16, 32]
-    for flags in ("extra", "--ramp a b", "--align sideways", "--steps ten", "--stride 7", "--lr", "--source"):
+    for flags in ("extra", "--ramp a b", "--steps ten", "--stride 7", "--lr", "--source"):
         with pytest.raises(SystemExit, match="2"):
             train.parse(flags.split())
 
@@ -570,7 +625,7 @@ def test_erm_is_a_hand_written_cross_entropy_loop(world, tmp_path):
     row, grads, module = one_step(config, *one_batch(config, world), step=0)
     assert all(name.startswith("net.") for name in grads) and module.clip is None
 
-    net, losses = ppar.build(config)[0].net.train(), []
+    net, losses = train.build(config)[0].net.train(), []
     optimizer = torch.optim.AdamW([dict(params=[p], peak=1e-4 if n.startswith("encoder.") else 1e-3, weight_decay=0.01 * (p.dim() > 1))
                                    for n, p in net.named_parameters() if p.requires_grad])
     for step in range(4):
@@ -593,7 +648,7 @@ def test_erm_is_a_hand_written_cross_entropy_loop(world, tmp_path):
 
 def test_clips_weights_learn_slowly_matrices_decay_and_the_first_stage_stays_frozen(world):
     config = configured(world)
-    module = ppar.build(config)[0]
+    module = train.build(config)[0]
     names = {id(p): name for name, p in module.named_parameters()}
     for group in train.make_optimizer(module, config).param_groups:
         for p in group["params"]:
@@ -623,7 +678,7 @@ def test_the_guards_of_the_first_step_pass_what_is_right_and_catch_what_is_not(w
 
 
 def test_frozen_weights_do_not_move_and_the_others_do(world, straight):
-    before, after = ppar.build(configured(world))[0], read_state(straight)
+    before, after = train.build(configured(world))[0], read_state(straight)
     frozen = {n for n, p in before.net.named_parameters() if not p.requires_grad}
     for name, tensor in before.net.state_dict().items():
         still = name in frozen or "running_" in name or "num_batches" in name

@@ -63,24 +63,30 @@ def one_batch(config, world, step=0):
 
 
 def backward(module, image, label, config, step, autocast=contextlib.nullcontext):
-    """Forward, loss and backward as the loop of train.py has them -> (terms, at, outputs of the batch)."""
+    """Forward, loss and backward as the loop of train.py has them -> (terms, outputs of the batch)."""
     def objective(out):
-        return ppar.objective(out, module.otp, label, config, step)
+        return ppar.objective(out, module.otp, label, **numbers(config, step))
 
     if config.micro_batch:
         return machine.backward_in_parts(module, image, config.micro_batch, objective, autocast)
     with autocast():
         out = module(image)
-    terms, at = objective(out)
+    terms = objective(out)
     sum(terms.values()).backward()
-    return terms, at, out
+    return terms, out
+
+
+def numbers(config, step):
+    """The arguments of ppar.objective by name, as the loop of train.py has them."""
+    return dict(train.schedule(config, step), tau=config.tau, judge_text=config.judge_text, balance=config.balance,
+                w_align=config.w_align)
 
 
 def one_step(config, image, label, step, module=None):
     """(row, gradients, module) of one backward on fresh weights."""
-    module = module or ppar.build(config)[0].train()
+    module = module or train.build(config)[0].train()
     module.zero_grad(set_to_none=True)
-    terms, _, _ = backward(module, image, label, config, step)
+    terms, _ = backward(module, image, label, config, step)
     row = {name: term.item() for name, term in terms.items()}
     return dict(row, loss=sum(row.values())), {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}, module
 

@@ -4,7 +4,6 @@ import copy
 import functools
 import importlib.util
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,7 +34,7 @@ def module(path):
 def untrained():
     """The network at step 0, whose prediction is CLIP's text score, and its flags."""
     config = train.configure(dict(align="none", reweight=False, text_weight=1.0, freeze=0))
-    return ppar.build(config)[0].eval(), config
+    return train.build(config)[0].eval(), config
 
 
 @pytest.fixture
@@ -85,7 +84,8 @@ def test_05_suspects(mine):
     for index in range(6):
         image, given, wrong = toy.draw("toy-gta5", "train", index, harmful=1.0)
         out, label, _ = ppar.look(judge, data.to_tensor(image), given)
-        guess = mine.suspects(ppar.prediction(out, judge.otp, config), label)[0].numpy()
+        log_q = ppar.prediction(out.logits, out.emb, judge.otp, tau=config.tau, text_weight=1.0)
+        guess = mine.suspects(log_q, label)[0].numpy()
         found.append(guess[wrong & (given != 255)])
         accused.append(guess[~wrong & (given != 255)])
     found, accused = np.concatenate(found).mean(), np.concatenate(accused).mean()
@@ -96,9 +96,9 @@ def test_06_share(mine):
     label = torch.as_tensor(toy.draw("toy-gta5", "train", 0)[1])[None].long()
     count = torch.bincount(label.flatten(), minlength=256)[:19]
     for balance in (0.0, 0.5, 1.0):
-        config = SimpleNamespace(steps=1, ramp=(0, 1), align="none", reweight=False, balance=balance, w_align=1, tau=1, text_weight=0)
         logits = torch.zeros(1, 19, 96, 192, requires_grad=True)
-        ppar.objective(ppar.Output(logits, torch.ones(1, 2, 12, 24), None), None, label, config, 0)[0]["seg"].backward()
+        out = ppar.Output(logits, torch.ones(1, 2, 12, 24))
+        ppar.objective(out, None, label, lam=None, ramp=0, tau=1, judge_text=0, balance=balance)["seg"].backward()
         pull = torch.stack([logits.grad.abs().sum(1)[label == c].sum() for c in range(19)])
         torch.testing.assert_close(mine.share(count, balance).float(), pull / pull.sum(), rtol=1e-3, atol=1e-5)
 
@@ -149,11 +149,10 @@ def test_10_loss(mine):
     label[:, :, :5] = 255
     project, otp = torch.nn.Conv2d(5, 8, 1), workbench.unit_rows(4, 8)
     vtp = prototypes.visual_text_prototypes(otp, torch.randn(2, 8, 3, 3, generator=g), 0.07)
-    for step in (0, 1, 2):
-        config = SimpleNamespace(steps=2, ramp=(0, 1), align="progressive", reweight=True, balance=0, w_align=1, tau=0.1, text_weight=0)
+    for ramp in (0.0, 0.5, 1.0):
         out = ppar.Output(logits, F.normalize(project(features), dim=1), vtp)
-        terms, at = ppar.objective(out, otp, label, config, step)
-        got = mine.loss(logits, features, project, otp, vtp, label, at["ramp"], 0.1)
+        terms = ppar.objective(out, otp, label, lam=1 - ramp, ramp=ramp, tau=0.1, judge_text=0)
+        got = mine.loss(logits, features, project, otp, vtp, label, ramp, 0.1)
         torch.testing.assert_close(got, terms["seg"] + terms["align"])
     got.backward()
     assert reweight.reliability(logits, label).min() < 0.2 and features.grad.abs().sum() > 0

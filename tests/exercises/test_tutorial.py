@@ -5,7 +5,7 @@ import contextlib
 import re
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import test_checks
@@ -41,14 +41,10 @@ def test_the_step_on_paper_is_the_step_of_the_code_and_both_demonstrations_print
     assert each == printed(3, align.alignment_map(emb, label, align.goal(otp, vtp, 0.5), tau=0.5))
 
     out, losses = ppar.Output(q.log(), emb, vtp), []
-    for believed in (True, False):
-        config = SimpleNamespace(steps=2, ramp=(0, 1), align="progressive", reweight=believed, balance=0, w_align=1, tau=0.5,
-                                 text_weight=0)
-        terms, at = ppar.objective(out, otp, label, config, step=1)
-        assert at == pytest.approx(dict(lam=0.5, ramp=0.5))
+    for ramp in (0.5, 0.0):  # with weights and without
+        terms = ppar.objective(out, otp, label, lam=0.5, ramp=ramp, tau=0.5, judge_text=0)
         losses += [f"{terms['seg']:.3f}", f"{terms['align']:.3f}"]
-    config.reweight = True
-    assert weight == printed(2, ppar.learning_weights(out, otp, label, config, ramp=0.5))
+    assert weight == printed(2, ppar.learning_weights(out, otp, label, tau=0.5, judge_text=0, ramp=0.5))
     assert re.findall(r"\*\*(\d\.\d{3})\*\*", TEXT) == losses
 
     align._demo(), reweight._demo()
