@@ -641,6 +641,37 @@ def test_image_and_label_stay_aligned_no_label_is_interpolated_and_padding_says_
     assert len({*top}) > 5 and len({*left}) > 5  # the place of the padding varies
 
 
+def plain_view(item, crop, rng):
+    """training_view as it is meant, and slow: both files decoded in full, every pixel translated, always a canvas."""
+    label, image = Image.open(item.label), Image.open(item.image).convert("RGB")
+    scale, table = rng.uniform(*data.SCALES), data.TABLES[item.table]
+    (box, size, (x, y)), patch = data.varied_view(label, table, crop, scale, rng)
+    image, label = image.resize(size, Image.BILINEAR, box=box), table[np.asarray(patch)]
+    if rng.random() < 0.5:
+        image, label, x = image.transpose(Image.FLIP_LEFT_RIGHT), label[:, ::-1], crop[1] - size[0] - x
+    image = data.gaussian_blur(data.colour_jitter(image, rng), rng)
+    canvas, padded = np.full((*crop, 3), (123, 117, 104), np.uint8), np.full(crop, VOID, np.uint8)
+    canvas[y:y + size[1], x:x + size[0]], padded[y:y + size[1], x:x + size[0]] = image, label
+    return canvas, padded
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "ppm", "RGBA", "P", "L.ppm", "16 bit.ppm"])
+def test_a_view_of_a_partly_decoded_picture_has_the_bits_of_a_plain_one(tmp_path, kind):
+    [item], _ = written(tmp_path, n=1, size=(150, 240), cell=5)
+    mode, ending = {"RGBA": ("RGBA", "png"), "P": ("P", "png"), "L.ppm": ("L", "ppm")}.get(kind, ("RGB", kind[-3:]))
+    noise = np.random.default_rng(0).integers(0, 256, (150, 240, 3), dtype=np.uint8)  # each pixel matters
+    path = Path(item.image).with_suffix("." + ending)
+    Path(item.image).unlink()
+    Image.fromarray(noise).convert(mode).save(path)
+    if kind == "16 bit.ppm":  # two bytes a colour, so that its pixels are not where those of eight bits are
+        path.write_bytes(b"P6 240 150 65535 " + noise.astype(">u2").tobytes())
+    [item] = data.list_items("gta5", tmp_path, "train")
+    for n in range(40):
+        crop = ((60, 80), (150, 100), (200, 260))[n % 3]  # the whole view, at times all of the rows, mostly padding
+        got, want = (view(item, crop, np.random.default_rng(n)) for view in (data.training_view, plain_view))
+        assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(got, want)), n
+
+
 def test_scales_fill_their_range_and_windows_their_picture():
     seen = []
     for n in range(300):
