@@ -16,15 +16,18 @@ Shapes
     label    (H, W) uint8      train ids, 255 = void   ->  (crop, crop) uint8
 
 Not here: the drawn world behind the toy-* names (toy.py), batches (train.py), the score (evaluate.py).
-`python data.py --check gta5 --data-root D` tests your own files. `python data.py` prints
+`python data.py --check gta5 --data-root D` tests your own files. `python data.py --unpack gta5 --data-root D --into E`
+writes them again as files that decode at once. `python data.py` prints
     a 200x100 view of 120x160: 40% padding, colour and label agree on 100% of the rest
     Notice: however a view is scaled, cut and flipped, image and label stay on top of each other.
 """
 
 import argparse
 import contextlib
+import filecmp
 import functools
 import hashlib
+import json
 import math
 import os
 import re
@@ -33,11 +36,11 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageStat, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageFilter, ImageStat, UnidentifiedImageError
 from tqdm import tqdm
 
 try:
@@ -155,7 +158,7 @@ class Spec:
     """How a data set is stored. A layout is (images, labels): an image and its label fill every `*` with the same text.
 
     {split} is the split's folder. A layout without it is one undivided pile: there is no official val split, and pairs may be withheld
-    from train to be one. Images may end in .png, .jpg or .jpeg, whatever the layout shows.
+    from train to be one. Images may end in .png, .jpg, .jpeg or .ppm, whatever the layout shows.
 
     `?` in a name is the suffix of a foggy or rainy version of a frame (WEATHER), or nothing. Foggy
     Cityscapes has three versions of each frame, and each is a pair, with the frame's label. Whoever
@@ -224,9 +227,14 @@ def list_items(name, root, split, holdout=0, harmful=0.0, withheld=None):
     UserError: the first thing that is wrong with the folders, and how many more things are.
     """
     items, problems = _list(name, root, split, holdout, harmful, withheld)
+    _raise_first(problems)
+    return items
+
+
+def _raise_first(problems):
+    """Refuse with the first of a listing's problems, and say how many there are."""
     if problems:
         raise UserError(problems[0] + f" (And {len(problems) - 1} more: --check lists them.)" * (len(problems) > 1))
-    return items
 
 
 def _list(name, root, split, holdout=0, harmful=0.0, withheld=None):
@@ -851,6 +859,277 @@ def _examine(item):
         return str(error), None, None
 
 
+# ---------------------------------------------------------------------------------------------- python data.py --unpack
+#
+# Eight loader processes give about 100 samples a second of GTA5 as downloaded, and most of that time decodes PNGs.
+# A fast GPU asks for more. So pictures can be decoded once, before training, at the price of disk space.
+#
+# We compared these storages by `python tests/bench.py`, on pictures of GTA5's size (1914 x 1052), on two cores:
+#@TABLE@
+# PPM it is: a line of text, then the bytes of the pixels. Nothing is packed, filtered or summed, so a view reads its
+# own rows and decodes its own box. Any tool opens it. TIFF and BMP hold the same bytes and gain nothing. An
+# "uncompressed" PNG still has a filter and check sums over all of its bytes. Lossy storages would change the training.
+#
+# Labels stay PNG, of 8-bit ids without row filters. Filters make photographs smaller, and they only slow ids down.
+# Stored as they are, labels would save another tenth of a sample's time and add a third to the bytes.
+
+UNPACKED = ".ppm"
+UNFINISHED = "unfinished"  # in the target folder: a data set is moved out of it when all of its files are there
+MARK = "unpacked.json"     # in an unpacked data set: where its files came from
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+GREY = [level for level in range(256) for _ in range(3)]  # a palette that shows id 7 as grey 7
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """One file of a data set and its place in the unpacked tree."""
+
+    item: Item
+    source: str   # item.image or item.label
+    target: str   # where its pixels go
+
+    @property
+    def same(self):
+        """Where the file goes if it cannot be read: beside the target, with its own ending, so that it is listed, too."""
+        return os.path.splitext(self.target)[0] + os.path.splitext(self.source)[1]
+
+
+def unpack(names, root, into):
+    """Write data sets of `root` again below `into`, as files that decode at once -> the problems, one sentence each.
+
+    `into` is a data root afterwards, and every training sample and every evaluated pair from it has the bits that it
+    has from `root`. So a pair that cannot be read is copied as it is, with its fault: training leaves it out here as
+    there. Files appear under their name when they are whole and were read back; a second call goes on after the first.
+    Nothing below `root` is ever written.
+    """
+    names = list(dict.fromkeys(names))
+    _check_places(names, root, into)
+    todo = {name: _files_to_write(name, root, into) for name in names}
+    _check_room([file for files in todo.values() for file in files], into)
+    problems = []
+    for name, files in todo.items():
+        place = os.path.join(into, DATASETS[name].folder)
+        if os.path.isdir(place):
+            print(f"{name}: unpacked already, in {place}.")
+            continue
+        problems += _write_all(name, files, root, into)
+        _finish(name, root, into)
+        print(f"{name}: unpacked into {place}.")
+    for problem in problems:
+        print("  PROBLEM, copied as it is: " + problem)
+    print(f"\nNow give --data-root {into} in the place of {root}.")
+    folders = {spec.folder for spec in DATASETS.values() if spec.layouts}
+    missing = sorted(folder for folder in folders if os.path.isdir(os.path.join(root, folder))
+                     and not os.path.exists(os.path.join(into, folder)))
+    if missing:
+        print(f"It lacks {', '.join(missing)}. Data sets that are only evaluated need no unpacking, and a link will do:")
+        print("\n".join(f"  ln -s {os.path.abspath(os.path.join(root, folder))} {into}/" for folder in missing))
+    return problems
+
+
+def _check_places(names, root, into):
+    """Refuse what cannot be unpacked, and a target folder in which something could be lost or mixed up."""
+    for name in names:
+        require(name in DATASETS, f"there is no data set {name!r}: choose from {', '.join(DATASETS)}.")
+        require(DATASETS[name].layouts, f"{name} is drawn and has no files: there is nothing to unpack, leave it out.")
+    require(os.path.isdir(root), f"the data root {root} is not a folder: give --data-root the one that holds the data sets.")
+    require(not os.path.exists(into) or os.path.isdir(into), f"--into {into} is a file: give a folder.")
+    real = os.path.realpath(into)
+    require(real != os.path.realpath(root), f"--into {into} is the data root itself: give another folder, files there stay as they are.")
+    folders = {spec.folder for spec in DATASETS.values() if spec.layouts}
+    for folder in sorted(folders):
+        source = os.path.realpath(os.path.join(root, folder))
+        require(os.path.commonpath([real, source]) != source,
+                f"--into {into} lies in the data set {os.path.join(root, folder)}, whose files stay as they are: give another folder.")
+    found = os.listdir(into) if os.path.isdir(into) else []
+    for foreign in sorted(set(found) - folders - {UNFINISHED}):
+        raise UserError(f"--into {into} holds {foreign}, which is no data set: give a new or an empty folder.")
+    for name in names:
+        folder, source = DATASETS[name].folder, os.path.join(root, DATASETS[name].folder)
+        for place in (os.path.join(into, folder), os.path.join(into, UNFINISHED, folder)):
+            if not os.path.lexists(place):
+                continue
+            came_from = _read_mark(place)
+            require(came_from, f"{place} was not written by --unpack: give another --into, or move that folder away.")
+            require(came_from == os.path.realpath(source),
+                    f"{place} was unpacked from {came_from} and not from {source}: give another --into, or remove that folder.")
+
+
+def _read_mark(place):
+    """The data set that the files of an unpacked one came from, or None where --unpack has not been."""
+    try:
+        with open(os.path.join(place, MARK), encoding="utf-8") as file:
+            return json.load(file)["from"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _files_to_write(name, root, into):
+    """The files of both splits that are not in the unpacked tree yet."""
+    folder = DATASETS[name].folder
+    finished = os.path.isdir(os.path.join(into, folder))
+    place = os.path.join(into, folder) if finished else os.path.join(into, UNFINISHED, folder)
+    files = {}
+    for split, items in _splits(name, root).items():
+        images = []
+        for item in items:
+            image, label = (os.path.join(place, os.path.relpath(path, os.path.join(root, folder))) for path in (item.image, item.label))
+            images.append(os.path.splitext(image)[0] + UNPACKED)
+            files[images[-1]] = _File(item, item.image, images[-1])
+            files[label] = _File(item, item.label, label)  # once, also where it belongs to three weathers
+        # The order of the pairs decides which one is sample n. Names with dots can sort otherwise with another ending.
+        require(images == sorted(set(images)), f"pictures of {name} ({split}) would have one name or another order as {UNPACKED} "
+                f"files: see that their names differ before the ending and have no other dot.")
+    if finished:
+        require(_pairs_below(name, root) == _pairs_below(name, into), f"{os.path.join(root, folder)} has other pairs "
+                f"than {place}, which was unpacked from it: remove that folder to unpack it again.")
+        return []
+    return [file for file in files.values() if not _is_written(file)]
+
+
+def _splits(name, root):
+    """{split: its pairs} of the splits on disk; the first problem of any listing is raised as list_items raises it."""
+    listed = {split: _list(name, root, split) for split in ("train", "val")}
+    # items is None where a split is not on disk: no fault if the other one is.
+    on_disk = {split: found for split, found in listed.items() if found[0] is not None}
+    for _, problems in on_disk.values() if on_disk else [listed["train"]]:
+        _raise_first(problems)
+    return {split: items for split, (items, _) in on_disk.items()}
+
+
+def _pairs_below(name, root):
+    """The listing of a data set by names alone, without root and endings: equal for a data set and its unpacked copy."""
+    return {split: [(os.path.relpath(os.path.splitext(item.image)[0], root), os.path.relpath(item.label, root), item.table)
+                    for item in items] for split, items in _splits(name, root).items()}
+
+
+def _is_written(file):
+    """An unpacked file gets its source's time of change, so one whose source has changed since is written anew."""
+    for path in {file.target, file.same}:
+        with contextlib.suppress(OSError):
+            # Not every disk keeps fractions of a second.
+            if abs(os.path.getmtime(path) - os.path.getmtime(file.source)) < 2:
+                return True
+    return False
+
+
+def _check_room(files, into):
+    """Say how many bytes will be written, and refuse to begin where the disk has no room for them."""
+    with ThreadPoolExecutor(CORES) as pool:
+        sizes = pool.map(_bytes_of, files)
+        need = sum(tqdm(sizes, "sizes", len(files), unit="file", disable=not files))
+    above = os.path.abspath(into)
+    while not os.path.isdir(above):
+        above = os.path.dirname(above)
+    free = shutil.disk_usage(above).free
+    print(f"{len(files)} files to write: {need / 1e9:.3g} GB. Free in {into}: {free / 1e9:.3g} GB.", flush=True)
+    require(need <= free, f"--into {into} lacks {(need - free) / 1e9:.3g} GB: make room there, or give a folder on a larger disk.")
+
+
+def _bytes_of(file):
+    """What a file will take, in blocks of 4 KiB: three bytes a pixel for a picture, its present size for a label."""
+    size = 0
+    with contextlib.suppress(OSError):
+        size = os.path.getsize(file.source)
+    if file.source == file.item.image:
+        with contextlib.suppress(UserError), _reading(file.source) as image:  # the header alone is read
+            size = 3 * image.width * image.height + 32
+    return -(-size // 4096) * 4096
+
+
+def _write_all(name, files, root, into):
+    """Write the files of one data set on all cores, with a progress bar -> the problems of pairs that cannot be read."""
+    folder = os.path.join(into, UNFINISHED, DATASETS[name].folder)
+    # Threads will do, as Pillow decodes and writes beside other threads. Unlike processes, none outlives a kill.
+    pool, problems = ThreadPoolExecutor(CORES), []
+    try:
+        for place in {folder, *(os.path.dirname(file.target) for file in files)}:
+            os.makedirs(place, exist_ok=True)
+        with _whole(os.path.join(folder, MARK)) as part, open(part, "w", encoding="utf-8") as mark:
+            json.dump({"from": os.path.realpath(os.path.join(root, DATASETS[name].folder))}, mark)
+        for problem in tqdm(pool.map(_write, files), name, len(files), unit="file", disable=not files):
+            problems += [problem] if problem and problem not in problems else []
+    except KeyboardInterrupt:
+        raise UserError(f"stopped; what is written stays in {folder}: give the same command again, and it goes on from there.") from None
+    except OSError as error:
+        raise UserError(f"{error.filename or folder} could not be written or read ({error.strerror or error}): see to the room on its disk "
+                        "or to its permissions, then give the same command again, and it goes on from there.") from None
+    finally:
+        pool.shutdown(cancel_futures=True)  # or all that wait would be written before the sentence above is seen
+    return problems
+
+
+def _write(file):
+    """Write one file and read it back -> "", or what is wrong with the pair, whose file is then copied as it is."""
+    problem, pixels = "", None
+    is_label = file.source == file.item.label
+    try:
+        label = _open_label(file.item)
+        pixels = label if is_label else _open_image(file.item, label.size)
+    except UserError as error:
+        problem = str(error)
+    place = file.same if problem else file.target
+    for other in {file.target, file.same} - {place}:  # of an earlier call, when the source was another
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(other)
+    with _whole(place) as part:
+        if problem:
+            shutil.copyfile(file.source, part)
+            equal = filecmp.cmp(file.source, part, shallow=False)
+        elif is_label:
+            _save_ids(pixels, part)
+            again = _open_label(replace(file.item, label=part))
+            equal = np.array_equal(np.asarray(pixels), np.asarray(again))
+        else:
+            pixels.save(part, "PPM")
+            again = _open_image(replace(file.item, image=part), pixels.size)
+            equal = ImageChops.difference(pixels, again).getbbox() is None
+        require(equal, f"{place} was written and read back, and differs from {file.source}: its disk is not to be trusted, "
+                "give another --into.")
+        times = os.stat(file.source)
+        os.utime(part, ns=(times.st_atime_ns, times.st_mtime_ns))
+    return problem
+
+
+@contextlib.contextmanager
+def _whole(path):
+    """A name to write to. When all went well, the file is flushed to the disk and gets the name `path`, in one step.
+
+    So a kill or a loss of power leaves no half file under a name that counts. The process's number keeps two calls apart.
+    """
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(part)
+
+
+def _save_ids(label, path):
+    """Raw ids, losslessly, as a PNG with a palette: for these alone Pillow leaves the row filters out."""
+    ids = Image.fromarray(np.asarray(label))
+    palette = label.getpalette() or GREY
+    ids.putpalette((palette + [0] * 768)[:768])  # of 256 colours: for fewer, Pillow would store fewer bits
+    ids.save(path, "PNG", compress_level=1, bits=8)
+
+
+def _finish(name, root, into):
+    """All files are there: compare the two listings, and move the data set out of the folder of unfinished ones."""
+    unfinished, folder = os.path.join(into, UNFINISHED), DATASETS[name].folder
+    require(_pairs_below(name, root) == _pairs_below(name, unfinished), f"{os.path.join(unfinished, folder)} holds other pairs than "
+            f"{os.path.join(root, folder)}, which has changed meanwhile: remove the former and give the same command again.")
+    for place, _, files in os.walk(os.path.join(unfinished, folder)):
+        for file in files:
+            if file.endswith(".part"):  # of a call that was killed
+                os.remove(os.path.join(place, file))
+    os.rename(os.path.join(unfinished, folder), os.path.join(into, folder))
+    with contextlib.suppress(OSError):  # other data sets may be in it
+        os.rmdir(unfinished)
+
+
 def _demo():
     classes = np.random.default_rng(0).integers(0, 19, (6, 8)).repeat(20, 0).repeat(20, 1)
     with tempfile.TemporaryDirectory() as root:
@@ -867,18 +1146,25 @@ def _demo():
 
 
 def main():
-    """Read whole data sets and say what is wrong with them; exit status 1 if anything is."""
+    """Read whole data sets and say what is wrong with them, or unpack them; exit status 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--check", nargs="+", metavar="NAME", help=f"data sets to read in full: {', '.join(DATASETS)}")
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--check", nargs="+", metavar="NAME", help=f"data sets to read in full: {', '.join(DATASETS)}")
+    task.add_argument("--unpack", nargs="+", metavar="NAME",
+                      help="data sets to write again, below --into, as files that decode at once: for a GPU that waits for its loader")
+    parser.add_argument("--into", metavar="FOLDER", help="of --unpack: a new data root")
     parser.add_argument("--data-root", default="data", help="folder that holds one folder per data set (default: data)")
     parser.add_argument("--mapillary", default="A", choices=("A", "B"), help="66-to-19 mapping (default: A)")
     given = parser.parse_args()
-    if not given.check:
-        return _demo()
     try:
-        sys.exit(1 if check(given.check, given.data_root, given.mapillary) else 0)
+        require(bool(given.unpack) == bool(given.into), "--unpack and --into belong together: give --unpack NAME --into FOLDER.")
+        if given.check:
+            sys.exit(1 if check(given.check, given.data_root, given.mapillary) else 0)
+        if given.unpack:
+            sys.exit(1 if unpack(given.unpack, given.data_root, given.into) else 0)
     except UserError as error:
         sys.exit(f"error: {error}")
+    _demo()
 
 
 if __name__ == "__main__":
