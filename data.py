@@ -31,6 +31,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -902,7 +903,18 @@ def unpack(names, root, into):
     there. Files appear under their name when they are whole and were read back; a second call goes on after the first.
     Nothing below `root` is ever written.
     """
-    names = list(dict.fromkeys(names))
+    try:
+        return _unpack(list(dict.fromkeys(names)), root, into)
+    except KeyboardInterrupt:
+        raise UserError(f"stopped; what is written stays in {os.path.join(into, UNFINISHED)}: give the same command again, "
+                        "and it goes on from there.") from None
+    except OSError as error:
+        raise UserError(f"{error.filename or into} could not be written or read ({error.strerror or error}): see to the room on "
+                        "its disk or to its permissions, then give the same command again, and it goes on from there.") from None
+
+
+def _unpack(names, root, into):
+    """unpack, whose callers see no other error than a UserError."""
     _check_places(names, root, into)
     todo = {name: _files_to_write(name, root, into) for name in names}
     _check_room([file for files in todo.values() for file in files], into)
@@ -918,13 +930,19 @@ def unpack(names, root, into):
     for problem in problems:
         print("  PROBLEM, copied as it is: " + problem)
     print(f"\nNow give --data-root {into} in the place of {root}.")
-    folders = {spec.folder for spec in DATASETS.values() if spec.layouts}
-    missing = sorted(folder for folder in folders if os.path.isdir(os.path.join(root, folder))
-                     and not os.path.exists(os.path.join(into, folder)))
+    _propose_links(root, into)
+    return problems
+
+
+def _propose_links(root, into):
+    """One data root serves sources and targets. Say how the data sets that were not unpacked get into the new one."""
+    folders = sorted(spec.folder for spec in DATASETS.values() if spec.layouts)
+    missing = [folder for folder in folders if os.path.isdir(os.path.join(root, folder))
+               and not os.path.exists(os.path.join(into, folder))]
     if missing:
         print(f"It lacks {', '.join(missing)}. Data sets that are only evaluated need no unpacking, and a link will do:")
-        print("\n".join(f"  ln -s {os.path.abspath(os.path.join(root, folder))} {into}/" for folder in missing))
-    return problems
+    for folder in missing:
+        print(f"  ln -s {shlex.quote(os.path.abspath(os.path.join(root, folder)))} {shlex.quote(str(into))}/")
 
 
 def _check_places(names, root, into):
@@ -1049,13 +1067,8 @@ def _write_all(name, files, root, into):
             json.dump({"from": os.path.realpath(os.path.join(root, DATASETS[name].folder))}, mark)
         for problem in tqdm(pool.map(_write, files), name, len(files), unit="file", disable=not files):
             problems += [problem] if problem and problem not in problems else []
-    except KeyboardInterrupt:
-        raise UserError(f"stopped; what is written stays in {folder}: give the same command again, and it goes on from there.") from None
-    except OSError as error:
-        raise UserError(f"{error.filename or folder} could not be written or read ({error.strerror or error}): see to the room on its disk "
-                        "or to its permissions, then give the same command again, and it goes on from there.") from None
     finally:
-        pool.shutdown(cancel_futures=True)  # or all that wait would be written before the sentence above is seen
+        pool.shutdown(cancel_futures=True)  # after an error: or all other files would be written before it is seen
     return problems
 
 
