@@ -502,7 +502,8 @@ def _open_label(item):
     with _reading(item.label) as label:
         require(label.format == "PNG", f"{item.label} is a {label.format} file and no PNG: {remedy}")
         stored = label.tile[0][3]  # as the file has it; the mode is what Pillow makes of that
-        if item.table == "synthia":
+        # Classes alone, with a grey palette that is checked below: so --unpack stores them.
+        if item.table == "synthia" and label.mode != "P":
             return _synthia_classes(item, label, stored, remedy)
         require(label.mode in ("L", "P"), f"{item.label} is stored as {label.mode} and not as ids in "
                 f"one 8-bit channel: {remedy}")
@@ -865,10 +866,18 @@ def _examine(item):
 # Eight loader processes give about 100 samples a second of GTA5 as downloaded, and most of that time decodes PNGs.
 # A fast GPU asks for more. So pictures can be decoded once, before training, at the price of disk space.
 #
-# We compared these storages by `python tests/bench.py`, on pictures of GTA5's size (1914 x 1052), on two cores:
-#@TABLE@
+# We compared these storages by `python tests/bench.py --loader`, on pictures of GTA5's size (1914 x 1052), on two
+# busy cores:
+#
+#     storage               MB a pair   ms of a core for a sample
+#     PNG, as downloaded         3.2     75
+#     PNG, level 1               3.7     87
+#     PNG, level 0               6.1     59
+#     BMP, TIFF                  6.1     27
+#     PPM                        6.1     23
+#
 # PPM it is: a line of text, then the bytes of the pixels. Nothing is packed, filtered or summed, so a view reads its
-# own rows and decodes its own box. Any tool opens it. TIFF and BMP hold the same bytes and gain nothing. An
+# own rows and decodes its own box. Any tool opens it. TIFF and BMP hold as many bytes and are decoded whole. An
 # "uncompressed" PNG still has a filter and check sums over all of its bytes. Lossy storages would change the training.
 #
 # Labels stay PNG, of 8-bit ids without row filters. Filters make photographs smaller, and they only slow ids down.
@@ -1090,7 +1099,7 @@ def _write(file):
             shutil.copyfile(file.source, part)
             equal = filecmp.cmp(file.source, part, shallow=False)
         elif is_label:
-            _save_ids(pixels, part)
+            _save_ids(pixels, file.item.table, part)
             again = _open_label(replace(file.item, label=part))
             equal = np.array_equal(np.asarray(pixels), np.asarray(again))
         else:
@@ -1121,11 +1130,16 @@ def _whole(path):
             os.remove(part)
 
 
-def _save_ids(label, path):
-    """Raw ids, losslessly, as a PNG with a palette: for these alone Pillow leaves the row filters out."""
+def _save_ids(label, table, path):
+    """Raw ids, losslessly, as a PNG with a palette: for these alone Pillow leaves the row filters out.
+
+    The palette is the label's own, or grey n for id n. _open_label takes no grey for ids that have official colours:
+    a label of such a data set that has no palette stays without one.
+    """
     ids = Image.fromarray(np.asarray(label))
-    palette = label.getpalette() or GREY
-    ids.putpalette((palette + [0] * 768)[:768])  # of 256 colours: for fewer, Pillow would store fewer bits
+    palette = label.getpalette() or ([] if table in PALETTES else GREY)
+    if palette:
+        ids.putpalette((palette + [0] * 768)[:768])  # of 256 colours: for fewer, Pillow would store fewer bits
     ids.save(path, "PNG", compress_level=1, bits=8)
 
 

@@ -175,10 +175,19 @@ def megabytes(items):
 
 
 def sample_times(lists, crop, repeats):
-    """{name: items} -> {name: median seconds of a training sample}, interleaved; all take the samples 0, 1, 2, ..."""
+    """{name: items} -> {name: median seconds of a core for a training sample}; all take the samples 0, 1, 2, ...
+
+    Interleaved, and by the clock of the thread, which stands still while other programs have the core: a sample is
+    made by one thread.
+    """
     streams = {name: data.TrainingStream([items], crop, seed=0) for name, items in lists.items()}
-    counts = {name: iter(range(10 ** 6)) for name in lists}
-    return interleaved({name: lambda name=name: streams[name][next(counts[name])] for name in lists}, repeats)
+    seconds = {name: [] for name in lists}
+    for number in range(repeats + 1):
+        for name, stream in streams.items():
+            began = time.thread_time()
+            stream[number]
+            seconds[name].append(time.thread_time() - began)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
 def per_second(items, crop, workers, samples):
@@ -190,7 +199,7 @@ def per_second(items, crop, workers, samples):
     return 2 * (len(times) - half) / (times[-1] - times[half - 1])
 
 
-def storage_table(workers=(1, 2), repeats=40, samples=40):
+def storage_table(workers=(1, 2), repeats=20, samples=24):
     """A training sample (crop 512) of GTA5-sized pairs by the storage of its files: MB a pair, time, samples a second."""
     with tempfile.TemporaryDirectory() as folder:
         lists = stored(folder, gta5_sized(folder, 2))
@@ -201,7 +210,7 @@ def storage_table(workers=(1, 2), repeats=40, samples=40):
                 for name, (items, size) in lists.items()]
 
 
-def unpack_table(repeats=20):
+def unpack_table(repeats=10):
     """A training sample (crop 512) of files as large as other data sets', as downloaded and after --unpack."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:

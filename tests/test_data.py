@@ -925,6 +925,17 @@ def test_an_unpacked_data_set_gives_the_same_bits_to_training_and_evaluation_and
     assert f"GB. Free in {into}: " in done.stdout and f"{name}: unpacked into {into}/{folder}." in done.stdout
 
 
+@pytest.mark.parametrize("name", ["gta5", "cityscapes"])
+def test_unpacked_labels_are_not_larger_than_ids_need_and_one_without_a_palette_is_still_accepted(tmp_path, name):
+    items, _ = written(tmp_path / "d", name, n=2, size=(200, 300))
+    grey = Image.fromarray(np.asarray(Image.open(items[0].label)))  # as a program that knows no palette saves it
+    grey.save(items[0].label)
+    assert data.unpack([name], tmp_path / "d", tmp_path / "e") == [] and same_bits(name, tmp_path / "d", tmp_path / "e", ["train"])
+    labels = [Image.open(item.label) for item in data.list_items(name, tmp_path / "e", "train")]
+    assert [label.mode for label in labels] == (["L", "P"] if name == "gta5" else ["P", "P"])  # P: stored without row filters
+    assert all(Path(label.filename).stat().st_size < 200 * 300 / 10 for label in labels)
+
+
 def test_several_sets_are_unpacked_at_once_and_links_to_the_others_are_proposed(tmp_path):
     for name, split in (("gta5", "train"), ("bdd", "train"), ("cityscapes", "val")):
         write_tiny(tmp_path / "d", name, n=3, split=split)
@@ -1025,7 +1036,7 @@ def test_unpacking_refuses_what_it_must_not_touch_or_cannot_hold(tmp_path, monke
     assert f"{e}/gta5 was not written by --unpack" in error_of(data.unpack, ["gta5"], d, e)
     shutil.rmtree(e)
     with monkeypatch.context() as patch:  # what is read back is compared
-        patch.setattr(data, "_save_ids", lambda label, path: Image.new("L", label.size).save(path, "PNG"))
+        patch.setattr(data, "_save_ids", lambda label, table, path: Image.new("L", label.size).save(path, "PNG"))
         assert "read back, and differs from" in error_of(data.unpack, ["gta5"], d, e)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", mock.Mock(side_effect=OSError(28, "No space left on device")))
