@@ -16,8 +16,9 @@ Shapes
     label    (H, W) uint8      train ids, 255 = void   ->  (crop, crop) uint8
 
 Not here: the drawn world behind the toy-* names (toy.py), batches (train.py), the score (evaluate.py).
-`python data.py --check gta5 --data-root D` tests your own files. `python data.py --unpack gta5 --data-root D --into E`
-writes them again as files that decode at once. `python data.py` prints
+`python data.py --check gta5 --data-root D` tests your own files.
+`python data.py --unpack gta5 --data-root D --into E` writes them again as files that decode at once.
+`python data.py` prints
     a 200x100 view of 120x160: 40% padding, colour and label agree on 100% of the rest
     Notice: however a view is scaled, cut and flipped, image and label stay on top of each other.
 """
@@ -571,9 +572,11 @@ def _wrong_colours(table, palette):
 def _open_image(item, size, box=None):
     """The picture in RGB, as Pillow's; its size has to be the label's, (w, h).
 
-    With box = (left, top, right, bottom) in whole pixels, pixels outside of it may come out black: decoding is most of
-    a sample's time. The picture keeps its size, so a box means the same place on it as on the label. EXIF turns
-    nothing: labels lie over the pixels as stored.
+    box    (left, top, right, bottom) in whole pixels, or None for all of the picture. Pixels outside
+           of it may come out black, because decoding is most of a sample's time. The picture keeps
+           its size, so that a box means the same place on it as on the label.
+
+    EXIF turns nothing: labels lie over the pixels as stored.
     """
     if not item.label:
         return _drawn(item)[0]
@@ -588,16 +591,17 @@ def _open_image(item, size, box=None):
 def _decode_only(image, box):
     """Tell Pillow to decode no more of an opened file than the box needs.
 
-    `image.tile` is Pillow's plan for decoding: a decoder, the box of the picture that it fills, where in the file it
-    begins, and its arguments.
+    `image.tile` is Pillow's plan for decoding: a decoder, the box of the picture that it fills,
+    where in the file it begins, and its arguments.
     """
     left, top, _, bottom = box
     decoder, _, offset, arguments = image.tile[0]
     if image.format == "PNG" and not image.info.get("interlace"):
-        # A PNG is a stream from top to bottom: what lies below the box is left out, what lies above it cannot be.
+        # A PNG is a stream from top to bottom. What lies below the box can be left out, what lies
+        # above it cannot.
         image.tile = [(decoder, (0, 0, image.width, bottom), offset, arguments)]
     elif image.format == "PPM" and arguments in ("RGB", ("RGB", 0, 1)):
-        # The pixels lie one after another, three bytes each, so the box's own rows are found by counting.
+        # The pixels lie one after another, three bytes each. So the box is found by counting.
         row = 3 * image.width  # bytes from one row to the next
         image.tile = [(decoder, box, offset + top * row + 3 * left, ("RGB", row, 1))]
 
@@ -613,7 +617,7 @@ def to_rgb(image, path):
     image.info.pop("transparency", None)  # it changes no colour, and Pillow would warn of it
     if image.mode == "RGB":
         image.load()
-        return image  # convert() would copy it, though there is nothing to convert: 8 MB for a picture of GTA5
+        return image  # convert() would copy it, though there is nothing to convert: 8 MB for GTA5
     # Older Pillows call 16-bit grey of a PNG "I", which otherwise means 32 bits.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         high = np.asarray(image) >> 8
@@ -643,8 +647,9 @@ def _train_ids(item, raw, mapillary):
     label = np.frombuffer(translated, np.uint8).reshape(raw.shape)
     if UNKNOWN in translated:
         strange = np.unique(raw[label == UNKNOWN]).tolist()
-        raise UserError(f"{item.label}: ids {', '.join(map(str, strange[:8]))} are not in the table `{item.table}`: use the "
-                        "official label files (ids, and neither colours nor another kind of ids).")
+        raise UserError(f"{item.label}: ids {', '.join(map(str, strange[:8]))} are not in the table "
+                        f"`{item.table}`: use the official label files (ids, and neither colours nor "
+                        "another kind of ids).")
     return label
 
 
@@ -728,7 +733,7 @@ def training_view(item, crop, rng, mapillary="A", augment=True):
 
 
 def _neighbourhood(box, scale, size):
-    """The whole pixels, on a picture of size (w, h), that a bilinear view of the box at this scale is made of."""
+    """The whole pixels, on a picture of size (w, h), of which a bilinear view of the box is made."""
     reach = max(1.0, 1 / scale)  # a bilinear pixel looks this far beyond the box
     left, top = (max(0, math.floor(edge - reach) - 1) for edge in box[:2])
     right, bottom = (min(end, math.ceil(edge + reach) + 1) for edge, end in zip(box[2:], size))
@@ -736,10 +741,11 @@ def _neighbourhood(box, scale, size):
 
 
 def _padded(image, label, crop, offset):
-    """Pillow's image and an array of train ids, put at offset (x, y) of a crop (h, w) -> two arrays of the crop's size."""
-    if label.shape == tuple(crop):  # nearly always, on pictures of real size: filling a canvas first would be in vain
+    """Pillow's image and an array of train ids, at offset (x, y) of a crop (h, w) -> two arrays of its size."""
+    # Nearly always on pictures of real size. To fill a canvas first would be in vain.
+    if label.shape == tuple(crop):
         return np.asarray(image), np.ascontiguousarray(label)
-    # CLIP's mean is 0 when normalised: padding says nothing. Pillow fills a canvas ten times as fast as numpy does.
+    # CLIP's mean is 0 when normalised: padding says nothing. Pillow fills a canvas faster than numpy.
     canvas = Image.new("RGB", (crop[1], crop[0]), tuple(round(255 * mean) for mean in CLIP_MEAN))
     canvas.paste(image, offset)
     padded, (x, y) = np.full(crop, VOID, np.uint8), offset
@@ -794,7 +800,7 @@ class TrainingStream:
 
 @functools.lru_cache(maxsize=16)
 def _order(seed, source, epoch, pairs):
-    """The order of a source's pairs in an epoch. It is kept: to shuffle 25,000 pairs takes 0.3 ms, and each sample asks."""
+    """The order of a source's pairs in an epoch, kept, because to shuffle 25,000 pairs takes 0.3 ms."""
     # [seed, 0, ...] here, [seed, 1, ...] for views: numpy pads keys with zeros, so [5, 7] is also [5, 7, 0]
     return np.random.default_rng([seed, 0, source, epoch]).permutation(pairs)
 
@@ -861,13 +867,14 @@ def _examine(item):
         return str(error), None, None
 
 
-# ---------------------------------------------------------------------------------------------- python data.py --unpack
+# ------------------------------------------------------------------------- python data.py --unpack
 #
-# Eight loader processes give about 100 samples a second of GTA5 as downloaded, and most of that time decodes PNGs.
-# A fast GPU asks for more. So pictures can be decoded once, before training, at the price of disk space.
+# Eight loader processes give about 100 samples a second of GTA5 as downloaded. Most of that time
+# decodes PNGs. A fast GPU asks for more. So pictures can be decoded once, before training, at the
+# price of disk space.
 #
-# We compared these storages by `python tests/bench.py --loader`, on pictures of GTA5's size (1914 x 1052), on two
-# busy cores:
+# We compared these storages by `python tests/bench.py --loader`, on pictures of GTA5's size
+# (1914 x 1052), on two busy cores:
 #
 #     storage               MB a pair   ms of a core for a sample
 #     PNG, as downloaded         3.2     75
@@ -876,16 +883,18 @@ def _examine(item):
 #     BMP, TIFF                  6.1     27
 #     PPM                        6.1     23
 #
-# PPM it is: a line of text, then the bytes of the pixels. Nothing is packed, filtered or summed, so a view reads its
-# own rows and decodes its own box. Any tool opens it. TIFF and BMP hold as many bytes and are decoded whole. An
-# "uncompressed" PNG still has a filter and check sums over all of its bytes. Lossy storages would change the training.
+# We chose PPM: a line of text, then the bytes of the pixels. Nothing is packed, filtered or summed,
+# so the box of a view is decoded alone. Any tool opens it. TIFF and BMP hold as many bytes and are
+# decoded whole. An "uncompressed" PNG still has filters and check sums over all of its bytes.
+# Lossy storages would change the training.
 #
-# Labels stay PNG, of 8-bit ids without row filters. Filters make photographs smaller, and they only slow ids down.
-# Stored as they are, labels would save another tenth of a sample's time and add a third to the bytes.
+# Labels stay PNG, of 8-bit ids without row filters. Filters make photographs smaller, but they only
+# slow ids down. Ids without any compression would save about a tenth of a sample's time, and they
+# would add a third to the bytes.
 
 UNPACKED = ".ppm"
-UNFINISHED = "unfinished"  # in the target folder: a data set is moved out of it when all of its files are there
-MARK = "unpacked.json"     # in an unpacked data set: where its files came from
+UNFINISHED = "unfinished"  # a folder in the target: a data set leaves it when all of its files are there
+MARK = "unpacked.json"     # a file in an unpacked data set: where its files came from
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 GREY = [level for level in range(256) for _ in range(3)]  # a palette that shows id 7 as grey 7
 
@@ -900,26 +909,30 @@ class _File:
 
     @property
     def same(self):
-        """Where the file goes if it cannot be read: beside the target, with its own ending, so that it is listed, too."""
+        """Where a file that cannot be read goes: beside the target, with its own ending, so that it is listed."""
         return os.path.splitext(self.target)[0] + os.path.splitext(self.source)[1]
 
 
 def unpack(names, root, into):
-    """Write data sets of `root` again below `into`, as files that decode at once -> the problems, one sentence each.
+    """Write data sets of `root` again below `into`, as files that decode at once.
 
-    `into` is a data root afterwards, and every training sample and every evaluated pair from it has the bits that it
-    has from `root`. So a pair that cannot be read is copied as it is, with its fault: training leaves it out here as
-    there. Files appear under their name when they are whole and were read back; a second call goes on after the first.
-    Nothing below `root` is ever written.
+    -> the problems, one sentence each. UserError: what hinders it.
+
+    `into` is a data root afterwards. Every training sample and every evaluated pair from it has the
+    bits that it has from `root`. So a pair that cannot be read is copied as it is, with its fault:
+    training leaves it out here as there. Files get their name when they are whole and were read
+    back; a second call goes on after the first. Nothing below `root` is ever written.
     """
     try:
         return _unpack(list(dict.fromkeys(names)), root, into)
     except KeyboardInterrupt:
-        raise UserError(f"stopped; what is written stays in {os.path.join(into, UNFINISHED)}: give the same command again, "
-                        "and it goes on from there.") from None
+        raise UserError(f"stopped; what is written stays in {os.path.join(into, UNFINISHED)}: give the "
+                        "same command again, and it goes on from there.") from None
     except OSError as error:
-        raise UserError(f"{error.filename or into} could not be written or read ({error.strerror or error}): see to the room on "
-                        "its disk or to its permissions, then give the same command again, and it goes on from there.") from None
+        reason = error.strerror or error
+        raise UserError(f"{error.filename or into} could not be written or read ({reason}): see to the "
+                        "room on its disk or to its permissions, then give the same command again, and "
+                        "it goes on from there.") from None
 
 
 def _unpack(names, root, into):
@@ -944,12 +957,13 @@ def _unpack(names, root, into):
 
 
 def _propose_links(root, into):
-    """One data root serves sources and targets. Say how the data sets that were not unpacked get into the new one."""
+    """Say how the other data sets get into the new data root: one root serves sources and targets."""
     folders = sorted(spec.folder for spec in DATASETS.values() if spec.layouts)
     missing = [folder for folder in folders if os.path.isdir(os.path.join(root, folder))
                and not os.path.exists(os.path.join(into, folder))]
     if missing:
-        print(f"It lacks {', '.join(missing)}. Data sets that are only evaluated need no unpacking, and a link will do:")
+        print(f"It lacks {', '.join(missing)}. Data sets that are only evaluated need no unpacking, and "
+              "a link will do:")
     for folder in missing:
         print(f"  ln -s {shlex.quote(os.path.abspath(os.path.join(root, folder)))} {shlex.quote(str(into))}/")
 
@@ -958,28 +972,39 @@ def _check_places(names, root, into):
     """Refuse what cannot be unpacked, and a target folder in which something could be lost or mixed up."""
     for name in names:
         require(name in DATASETS, f"there is no data set {name!r}: choose from {', '.join(DATASETS)}.")
-        require(DATASETS[name].layouts, f"{name} is drawn and has no files: there is nothing to unpack, leave it out.")
-    require(os.path.isdir(root), f"the data root {root} is not a folder: give --data-root the one that holds the data sets.")
+        require(DATASETS[name].layouts, f"{name} is drawn and has no files: there is nothing to unpack, "
+                "leave it out.")
+    require(os.path.isdir(root), f"the data root {root} is not a folder: give --data-root the one that "
+            "holds the data sets.")
     require(not os.path.exists(into) or os.path.isdir(into), f"--into {into} is a file: give a folder.")
+
     real = os.path.realpath(into)
-    require(real != os.path.realpath(root), f"--into {into} is the data root itself: give another folder, files there stay as they are.")
+    require(real != os.path.realpath(root), f"--into {into} is the data root itself, whose files stay as "
+            "they are: give another folder.")
     folders = {spec.folder for spec in DATASETS.values() if spec.layouts}
     for folder in sorted(folders):
-        source = os.path.realpath(os.path.join(root, folder))
-        require(os.path.commonpath([real, source]) != source,
-                f"--into {into} lies in the data set {os.path.join(root, folder)}, whose files stay as they are: give another folder.")
+        source = os.path.join(root, folder)
+        inside = os.path.commonpath([real, os.path.realpath(source)]) == os.path.realpath(source)
+        require(not inside, f"--into {into} lies in the data set {source}, whose files stay as they are: "
+                "give another folder.")
+
     found = os.listdir(into) if os.path.isdir(into) else []
     for foreign in sorted(set(found) - folders - {UNFINISHED}):
         raise UserError(f"--into {into} holds {foreign}, which is no data set: give a new or an empty folder.")
     for name in names:
-        folder, source = DATASETS[name].folder, os.path.join(root, DATASETS[name].folder)
-        for place in (os.path.join(into, folder), os.path.join(into, UNFINISHED, folder)):
-            if not os.path.lexists(place):
-                continue
-            came_from = _read_mark(place)
-            require(came_from, f"{place} was not written by --unpack: give another --into, or move that folder away.")
-            require(came_from == os.path.realpath(source),
-                    f"{place} was unpacked from {came_from} and not from {source}: give another --into, or remove that folder.")
+        _check_origin(os.path.join(root, DATASETS[name].folder), os.path.join(into, DATASETS[name].folder))
+        _check_origin(os.path.join(root, DATASETS[name].folder),
+                      os.path.join(into, UNFINISHED, DATASETS[name].folder))
+
+
+def _check_origin(source, place):
+    """Refuse to go on in a folder that was not written by --unpack from this source."""
+    if not os.path.lexists(place):
+        return
+    came_from = _read_mark(place)
+    require(came_from, f"{place} was not written by --unpack: give another --into, or move that folder away.")
+    require(came_from == os.path.realpath(source), f"{place} was unpacked from {came_from} and not from "
+            f"{source}: give another --into, or remove that folder.")
 
 
 def _read_mark(place):
@@ -1000,22 +1025,26 @@ def _files_to_write(name, root, into):
     for split, items in _splits(name, root).items():
         images = []
         for item in items:
-            image, label = (os.path.join(place, os.path.relpath(path, os.path.join(root, folder))) for path in (item.image, item.label))
-            images.append(os.path.splitext(image)[0] + UNPACKED)
-            files[images[-1]] = _File(item, item.image, images[-1])
-            files[label] = _File(item, item.label, label)  # once, also where it belongs to three weathers
-        # The order of the pairs decides which one is sample n. Names with dots can sort otherwise with another ending.
-        require(images == sorted(set(images)), f"pictures of {name} ({split}) would have one name or another order as {UNPACKED} "
-                f"files: see that their names differ before the ending and have no other dot.")
+            below = [os.path.relpath(path, os.path.join(root, folder)) for path in (item.image, item.label)]
+            image, label = (os.path.join(place, path) for path in below)
+            image = os.path.splitext(image)[0] + UNPACKED
+            images.append(image)
+            files[image] = _File(item, item.image, image)
+            files[label] = _File(item, item.label, label)  # once, also where three weathers share it
+        # The order of the pairs decides which one is sample n. With another ending, names that have
+        # dots within can sort otherwise.
+        require(images == sorted(set(images)), f"pictures of {name} ({split}) would have one name or "
+                f"another order as {UNPACKED} files: see that their names differ before the ending and "
+                "have no other dot.")
     if finished:
-        require(_pairs_below(name, root) == _pairs_below(name, into), f"{os.path.join(root, folder)} has other pairs "
-                f"than {place}, which was unpacked from it: remove that folder to unpack it again.")
+        require(_pairs_below(name, root) == _pairs_below(name, into), f"{os.path.join(root, folder)} has "
+                f"other pairs than {place}, which was unpacked from it: remove the latter to unpack it again.")
         return []
     return [file for file in files.values() if not _is_written(file)]
 
 
 def _splits(name, root):
-    """{split: its pairs} of the splits on disk; the first problem of any listing is raised as list_items raises it."""
+    """{split: its pairs} of the splits on disk. A problem of a listing is raised as list_items raises it."""
     listed = {split: _list(name, root, split) for split in ("train", "val")}
     # items is None where a split is not on disk: no fault if the other one is.
     on_disk = {split: found for split, found in listed.items() if found[0] is not None}
@@ -1025,13 +1054,19 @@ def _splits(name, root):
 
 
 def _pairs_below(name, root):
-    """The listing of a data set by names alone, without root and endings: equal for a data set and its unpacked copy."""
-    return {split: [(os.path.relpath(os.path.splitext(item.image)[0], root), os.path.relpath(item.label, root), item.table)
-                    for item in items] for split, items in _splits(name, root).items()}
+    """The listing of a data set without root and endings: equal for a data set and its unpacked copy."""
+    def below(item):
+        image, label = (os.path.relpath(path, root) for path in (item.image, item.label))
+        return os.path.splitext(image)[0], label, item.table
+
+    return {split: [below(item) for item in items] for split, items in _splits(name, root).items()}
 
 
 def _is_written(file):
-    """An unpacked file gets its source's time of change, so one whose source has changed since is written anew."""
+    """Whether a file is in the unpacked tree, of the source as it is now.
+
+    An unpacked file has its source's time of change. If the source has changed since, times differ.
+    """
     for path in {file.target, file.same}:
         with contextlib.suppress(OSError):
             # Not every disk keeps fractions of a second.
@@ -1049,12 +1084,17 @@ def _check_room(files, into):
     while not os.path.isdir(above):
         above = os.path.dirname(above)
     free = shutil.disk_usage(above).free
-    print(f"{len(files)} files to write: {need / 1e9:.3g} GB. Free in {into}: {free / 1e9:.3g} GB.", flush=True)
-    require(need <= free, f"--into {into} lacks {(need - free) / 1e9:.3g} GB: make room there, or give a folder on a larger disk.")
+    print(f"{len(files)} files to write: {need / 1e9:.3g} GB. Free in {into}: {free / 1e9:.3g} GB.",
+          flush=True)
+    require(need <= free, f"--into {into} lacks {(need - free) / 1e9:.3g} GB: make room there, or give a "
+            "folder on a larger disk.")
 
 
 def _bytes_of(file):
-    """What a file will take, in blocks of 4 KiB: three bytes a pixel for a picture, its present size for a label."""
+    """What a file will take: three bytes a pixel for a picture, its present size for a label.
+
+    It is rounded up to 4 KiB, the block of most disks.
+    """
     size = 0
     with contextlib.suppress(OSError):
         size = os.path.getsize(file.source)
@@ -1065,9 +1105,10 @@ def _bytes_of(file):
 
 
 def _write_all(name, files, root, into):
-    """Write the files of one data set on all cores, with a progress bar -> the problems of pairs that cannot be read."""
+    """Write files of a data set on all cores, with a progress bar -> problems of pairs that cannot be read."""
     folder = os.path.join(into, UNFINISHED, DATASETS[name].folder)
-    # Threads will do, as Pillow decodes and writes beside other threads. Unlike processes, none outlives a kill.
+    # Threads will do, as Pillow decodes and writes beside other threads. Processes can outlive a kill
+    # of the one that started them; threads cannot.
     pool, problems = ThreadPoolExecutor(CORES), []
     try:
         for place in {folder, *(os.path.dirname(file.target) for file in files)}:
@@ -1077,12 +1118,13 @@ def _write_all(name, files, root, into):
         for problem in tqdm(pool.map(_write, files), name, len(files), unit="file", disable=not files):
             problems += [problem] if problem and problem not in problems else []
     finally:
-        pool.shutdown(cancel_futures=True)  # after an error: or all other files would be written before it is seen
+        # After an error or Ctrl-C: otherwise all other files would be written before anybody hears of it.
+        pool.shutdown(cancel_futures=True)
     return problems
 
 
 def _write(file):
-    """Write one file and read it back -> "", or what is wrong with the pair, whose file is then copied as it is."""
+    """Write one file and read it back -> "", or what is wrong with a pair, whose file is copied as it is."""
     problem, pixels = "", None
     is_label = file.source == file.item.label
     try:
@@ -1106,8 +1148,8 @@ def _write(file):
             pixels.save(part, "PPM")
             again = _open_image(replace(file.item, image=part), pixels.size)
             equal = ImageChops.difference(pixels, again).getbbox() is None
-        require(equal, f"{place} was written and read back, and differs from {file.source}: its disk is not to be trusted, "
-                "give another --into.")
+        require(equal, f"{place} was written and read back, and differs from {file.source}: its disk is "
+                "not to be trusted, give another --into.")
         times = os.stat(file.source)
         os.utime(part, ns=(times.st_atime_ns, times.st_mtime_ns))
     return problem
@@ -1115,9 +1157,10 @@ def _write(file):
 
 @contextlib.contextmanager
 def _whole(path):
-    """A name to write to. When all went well, the file is flushed to the disk and gets the name `path`, in one step.
+    """A name to write to. When all went well, the file is flushed to the disk, and then it gets the name `path`.
 
-    So a kill or a loss of power leaves no half file under a name that counts. The process's number keeps two calls apart.
+    So a kill or a loss of power leaves no half file under a name that counts. The number of the
+    process keeps two calls apart.
     """
     part = f"{path}.{os.getpid()}.part"
     try:
@@ -1133,21 +1176,22 @@ def _whole(path):
 def _save_ids(label, table, path):
     """Raw ids, losslessly, as a PNG with a palette: for these alone Pillow leaves the row filters out.
 
-    The palette is the label's own, or grey n for id n. _open_label takes no grey for ids that have official colours:
-    a label of such a data set that has no palette stays without one.
+    The palette is the label's own, or grey n for id n. Where ids have official colours, _open_label
+    takes no grey, so a label without a palette stays without one.
     """
     ids = Image.fromarray(np.asarray(label))
     palette = label.getpalette() or ([] if table in PALETTES else GREY)
     if palette:
-        ids.putpalette((palette + [0] * 768)[:768])  # of 256 colours: for fewer, Pillow would store fewer bits
+        ids.putpalette((palette + [0] * 768)[:768])  # of fewer than 256 colours, Pillow would store fewer bits
     ids.save(path, "PNG", compress_level=1, bits=8)
 
 
 def _finish(name, root, into):
-    """All files are there: compare the two listings, and move the data set out of the folder of unfinished ones."""
+    """All files are there: compare the two listings, then move the data set out of UNFINISHED."""
     unfinished, folder = os.path.join(into, UNFINISHED), DATASETS[name].folder
-    require(_pairs_below(name, root) == _pairs_below(name, unfinished), f"{os.path.join(unfinished, folder)} holds other pairs than "
-            f"{os.path.join(root, folder)}, which has changed meanwhile: remove the former and give the same command again.")
+    equal = _pairs_below(name, root) == _pairs_below(name, unfinished)
+    require(equal, f"{os.path.join(unfinished, folder)} holds other pairs than {os.path.join(root, folder)}, "
+            "which has changed meanwhile: remove the former and give the same command again.")
     for place, _, files in os.walk(os.path.join(unfinished, folder)):
         for file in files:
             if file.endswith(".part"):  # of a call that was killed
@@ -1178,13 +1222,15 @@ def main():
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--check", nargs="+", metavar="NAME", help=f"data sets to read in full: {', '.join(DATASETS)}")
     task.add_argument("--unpack", nargs="+", metavar="NAME",
-                      help="data sets to write again, below --into, as files that decode at once: for a GPU that waits for its loader")
+                      help="data sets to write again, below --into, as files that decode at once: for a GPU "
+                      "that waits for its loader")
     parser.add_argument("--into", metavar="FOLDER", help="of --unpack: a new data root")
     parser.add_argument("--data-root", default="data", help="folder that holds one folder per data set (default: data)")
     parser.add_argument("--mapillary", default="A", choices=("A", "B"), help="66-to-19 mapping (default: A)")
     given = parser.parse_args()
     try:
-        require(bool(given.unpack) == bool(given.into), "--unpack and --into belong together: give --unpack NAME --into FOLDER.")
+        require(bool(given.unpack) == bool(given.into),
+                "--unpack and --into belong together: give --unpack NAME --into FOLDER.")
         if given.check:
             sys.exit(1 if check(given.check, given.data_root, given.mapillary) else 0)
         if given.unpack:

@@ -1,7 +1,7 @@
 """bench.py: what all timings share, and the speed and memory on a CPU that results/README.md states. On a GPU: tests/gpu.py.
 
     python tests/bench.py                    four minutes on two cores, more on slow ones
-    python tests/bench.py --loader           its first minute: training samples a second, by the storage of the files
+    python tests/bench.py --loader           its first minute: training samples by the storage of the files
 
 Times are medians of interleaved repetitions (A B A B ...), so that a machine that slows down slows both; what is worth
 quoting is the ratio. Weights are random, of the shapes of OpenAI's CLIPs: speed does not depend on their values.
@@ -171,6 +171,7 @@ def unpacked(name, root, into):
 
 
 def megabytes(items):
+    """MB of a pair: its picture and its label."""
     return sum(os.path.getsize(path) for item in items for path in (item.image, item.label)) / len(items) / 1e6
 
 
@@ -200,7 +201,7 @@ def per_second(items, crop, workers, samples):
 
 
 def storage_table(workers=(1, 2), repeats=20, samples=24):
-    """A training sample (crop 512) of GTA5-sized pairs by the storage of its files: MB a pair, time, samples a second."""
+    """A training sample (crop 512) of GTA5-sized pairs by the storage of its files; ms of one core."""
     with tempfile.TemporaryDirectory() as folder:
         lists = stored(folder, gta5_sized(folder, 2))
         seconds = sample_times({name: items for name, (items, _) in lists.items()}, 512, repeats)
@@ -211,16 +212,19 @@ def storage_table(workers=(1, 2), repeats=20, samples=24):
 
 
 def unpack_table(repeats=10):
-    """A training sample (crop 512) of files as large as other data sets', as downloaded and after --unpack."""
+    """A training sample (crop 512) of files as large as other data sets', before and after --unpack; ms of one core."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         model_pair = gta5_sized(folder, 1)[0]
         for name, (size, ending) in SIZES.items():
             items = enlarged(model_pair, name, Path(folder) / "downloaded", size, ending)
-            lists = {"before": items, "after": unpacked(name, Path(folder) / "downloaded", Path(folder) / "unpacked")}
+            after = unpacked(name, Path(folder) / "downloaded", Path(folder) / "unpacked")
+            lists = {"before": items, "after": after}
             seconds = sample_times(lists, 512, repeats)
-            rows.append(dict(like=f"{name}: {size[0]} x {size[1]} {ending}", mb_before=megabytes(items), mb_after=megabytes(lists["after"]),
-                             ms_before=1000 * seconds["before"], ms_after=1000 * seconds["after"], ratio=seconds["after"] / seconds["before"]))
+            rows.append(dict(like=f"{name}: {size[0]} x {size[1]} {ending}",
+                             mb_before=megabytes(items), mb_after=megabytes(lists["after"]),
+                             ms_before=1000 * seconds["before"], ms_after=1000 * seconds["after"],
+                             ratio=seconds["after"] / seconds["before"]))
     return rows
 
 
@@ -241,7 +245,8 @@ def enlarged(pair, name, root, size, ending):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--loader", action="store_true", help="what the loader gives by the storage of the files, and no more")
+    parser.add_argument("--loader", action="store_true",
+                        help="only what the loader gives by the storage of the files")
     only_loader = parser.parse_args().loader
 
     import gpu  # whose tables these are, at sizes for a CPU

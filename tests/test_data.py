@@ -901,9 +901,12 @@ def same_bits(name, root, into, splits=("train", "val"), **keys):
     return True
 
 
-@pytest.mark.parametrize("name, layout", [("gta5", 0), ("gta5", 1), ("bdd", 0), ("mapillary", 1), ("cityscapes", 0), ("cityscapes", 2),
-                                          ("synthia", 0), ("acdc", 0)])
-def test_an_unpacked_data_set_gives_the_same_bits_to_training_and_evaluation_and_the_original_is_untouched(tmp_path, name, layout):
+UNPACKED = [("gta5", 0), ("gta5", 1), ("bdd", 0), ("mapillary", 1), ("cityscapes", 0), ("cityscapes", 2),
+            ("synthia", 0), ("acdc", 0)]
+
+
+@pytest.mark.parametrize("name, layout", UNPACKED)
+def test_an_unpacked_data_set_gives_the_bits_of_the_original_which_is_untouched(tmp_path, name, layout):
     root, into = tmp_path / "data", tmp_path / "new" / "unpacked"
     undivided = name == "synthia" or (name, layout) == ("gta5", 0)
     for split in ("train",) if undivided else ("train", "val"):
@@ -930,9 +933,11 @@ def test_unpacked_labels_are_not_larger_than_ids_need_and_one_without_a_palette_
     items, _ = written(tmp_path / "d", name, n=2, size=(200, 300))
     grey = Image.fromarray(np.asarray(Image.open(items[0].label)))  # as a program that knows no palette saves it
     grey.save(items[0].label)
-    assert data.unpack([name], tmp_path / "d", tmp_path / "e") == [] and same_bits(name, tmp_path / "d", tmp_path / "e", ["train"])
+    assert data.unpack([name], tmp_path / "d", tmp_path / "e") == []
+    assert same_bits(name, tmp_path / "d", tmp_path / "e", ["train"])
     labels = [Image.open(item.label) for item in data.list_items(name, tmp_path / "e", "train")]
-    assert [label.mode for label in labels] == (["L", "P"] if name == "gta5" else ["P", "P"])  # P: stored without row filters
+    # P: stored without row filters
+    assert [label.mode for label in labels] == (["L", "P"] if name == "gta5" else ["P", "P"])
     assert all(Path(label.filename).stat().st_size < 200 * 300 / 10 for label in labels)
 
 
@@ -943,7 +948,8 @@ def test_several_sets_are_unpacked_at_once_and_links_to_the_others_are_proposed(
     assert done.returncode == 0 and done.stdout.endswith(f"\n  ln -s {tmp_path}/d/cityscapes {tmp_path}/e/\n"), done
     subprocess.run(done.stdout.splitlines()[-1], shell=True, check=True)
     assert same_bits("cityscapes", tmp_path / "d", tmp_path / "e", ["val"])
-    assert same_bits("gta5", tmp_path / "d", tmp_path / "e", ["train"]) and same_bits("bdd", tmp_path / "d", tmp_path / "e", ["train"])
+    assert same_bits("gta5", tmp_path / "d", tmp_path / "e", ["train"])
+    assert same_bits("bdd", tmp_path / "d", tmp_path / "e", ["train"])
     files = tree(tmp_path / "e")
     again = run("--unpack", "gta5", "bdd", "--data-root", tmp_path / "d", "--into", tmp_path / "e")
     assert again.returncode == 0 and "gta5: unpacked already" in again.stdout and tree(tmp_path / "e") == files
@@ -986,12 +992,13 @@ def test_unpacking_that_is_cut_off_leaves_no_half_file_that_counts_and_goes_on_w
     number_of_files = 80
     assert status == (-9 if number == signal.SIGKILL else 1)
     if number == signal.SIGINT:
-        assert says == f"error: stopped; what is written stays in {into}/unfinished: give the same command again, and it goes on from there."
+        assert says == (f"error: stopped; what is written stays in {into}/unfinished: give the same command again, "
+                        "and it goes on from there.")
     assert "has no images" in error_of(data.list_items, "gta5", into, "train")  # nobody trains on a part of it
     first = {path: path.stat().st_ino for path in folder.rglob("0*.p[pn][mg]")}
     assert 3 <= len(first) < number_of_files
     for path in first:
-        data._open_label(data.Item("gta5", "", str(path), "gta5")) if path.suffix == ".png" else Image.open(path).load()  # whole
+        Image.open(path).load()  # it is whole
     (folder / "images" / "00039.ppm.1.part").write_bytes(b"P6\n400 300\n255\nhalf")  # as a kill leaves it
     done = run("--unpack", "gta5", "--data-root", root, "--into", into)
     assert done.returncode == 0 and f"{number_of_files - len(first)} files to write" in done.stdout
@@ -1023,15 +1030,19 @@ def test_unpacking_refuses_what_it_must_not_touch_or_cannot_hold(tmp_path, monke
     items, _ = written(d, n=3)
     (tmp_path / "link").symlink_to(d)
     (tmp_path / "file").write_text("")
-    for place, says in ((d, "is the data root itself"), (tmp_path / "link", "is the data root itself"), (d / "gta5", "lies in the data set"),
-                        (d / "gta5" / "new", "lies in the data set"), (tmp_path / "file", "is a file"), (tmp_path, "holds d, which is no")):
+    places = {d: "is the data root itself", tmp_path / "link": "is the data root itself",
+              d / "gta5": "lies in the data set", d / "gta5" / "new": "lies in the data set",
+              tmp_path / "file": "is a file", tmp_path: "holds d, which is no data set"}
+    for place, says in places.items():
         assert says in error_of(data.unpack, ["gta5"], d, place)
-    for names, says in ((["toy-gta5"], "is drawn and has no files"), (["gta"], "there is no data set 'gta'"), (["idd"], "has no images")):
-        assert says in error_of(data.unpack, names, d, e)
+    names = {"toy-gta5": "is drawn and has no files", "gta": "there is no data set 'gta'", "idd": "has no images"}
+    for name, says in names.items():
+        assert says in error_of(data.unpack, [name], d, e)
     usage = shutil.disk_usage(tmp_path)._replace(free=20000)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage)
-        assert f"--into {e} lacks 2.92e-05 GB: make room there" in error_of(data.unpack, ["gta5"], d, e)  # 3 x (12 + 4) KiB but 20 KB
+        message = error_of(data.unpack, ["gta5"], d, e)
+        assert f"--into {e} lacks 2.92e-05 GB: make room there" in message  # 3 x (12 + 4) KiB but 20 KB
     written(e, n=1)
     assert f"{e}/gta5 was not written by --unpack" in error_of(data.unpack, ["gta5"], d, e)
     shutil.rmtree(e)
@@ -1041,7 +1052,8 @@ def test_unpacking_refuses_what_it_must_not_touch_or_cannot_hold(tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", mock.Mock(side_effect=OSError(28, "No space left on device")))
         message = error_of(data.unpack, ["gta5"], d, e)
-        assert "No space left on device" in message and "give the same command again" in message and message.count("\n") == 0
+        assert "No space left on device" in message and "give the same command again" in message
+        assert message.count("\n") == 0
     assert not [*e.rglob("*.part")] and data.unpack(["gta5"], d, e) == []
     written(tmp_path / "other", n=3)
     assert "was unpacked from" in error_of(data.unpack, ["gta5"], tmp_path / "other", e)
