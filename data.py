@@ -16,28 +16,33 @@ Shapes
     label    (H, W) uint8      train ids, 255 = void   ->  (crop, crop) uint8
 
 Not here: the drawn world behind the toy-* names (toy.py), batches (train.py), the score (evaluate.py).
-`python data.py --check gta5 --data-root D` tests your own files. `python data.py` prints
+`python data.py --check gta5 --data-root D` tests your own files.
+`python data.py --unpack gta5 --data-root D --into E` writes them again as files that decode at once.
+`python data.py` prints
     a 200x100 view of 120x160: 40% padding, colour and label agree on 100% of the rest
     Notice: however a view is scaled, cut and flipped, image and label stay on top of each other.
 """
 
 import argparse
 import contextlib
+import filecmp
 import functools
 import hashlib
+import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
 import warnings
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageStat, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageFilter, ImageStat, UnidentifiedImageError
 from tqdm import tqdm
 
 try:
@@ -156,7 +161,7 @@ class Spec:
     """How a data set is stored. A layout is (images, labels): an image and its label fill every `*` with the same text.
 
     {split} is the split's folder. A layout without it is one undivided pile: there is no official val split, and pairs may be withheld
-    from train to be one. Images may end in .png, .jpg or .jpeg, whatever the layout shows.
+    from train to be one. Images may end in .png, .jpg, .jpeg or .ppm, whatever the layout shows.
 
     `?` in a name is the suffix of a foggy or rainy version of a frame (WEATHER), or nothing. Foggy
     Cityscapes has three versions of each frame, and each is a pair, with the frame's label. Whoever
@@ -172,7 +177,7 @@ class Spec:
 # The suffixes of Foggy Cityscapes (_foggy_beta_0.02) and of RainCityscapes (_rain_alpha_0.02_beta_...).
 # Anything else beside a picture, such as a prediction saved there (_pred), is no picture.
 WEATHER = r"(?:_(?:foggy|rain)(?:_(?:alpha|beta|dropsize|pattern)_[0-9.]*[0-9])+)?"
-PICTURE, LABEL = "(?i:png|jpe?g)", "(?i:png)"  # how their names end, in capitals, too
+PICTURE, LABEL = "(?i:png|jpe?g|ppm)", "(?i:png)"  # how their names end, in capitals, too
 
 DATASETS = {
     "gta5": Spec("gta5", "gta5", (("images/{split}/*.png", "labels/{split}/*.png"), ("images/*.png", "labels/*.png")),
@@ -225,9 +230,14 @@ def list_items(name, root, split, holdout=0, harmful=0.0, withheld=None):
     UserError: the first thing that is wrong with the folders, and how many more things are.
     """
     items, problems = _list(name, root, split, holdout, harmful, withheld)
+    _raise_first(problems)
+    return items
+
+
+def _raise_first(problems):
+    """Refuse with the first of a listing's problems, and say how many there are."""
     if problems:
         raise UserError(problems[0] + f" (And {len(problems) - 1} more: --check lists them.)" * (len(problems) > 1))
-    return items
 
 
 def _list(name, root, split, holdout=0, harmful=0.0, withheld=None):
@@ -494,7 +504,8 @@ def _open_label(item):
     with _reading(item.label) as label:
         require(label.format == "PNG", f"{item.label} is a {label.format} file and no PNG: {remedy}")
         stored = label.tile[0][3]  # as the file has it; the mode is what Pillow makes of that
-        if item.table == "synthia":
+        # Classes alone, with a grey palette that is checked below: so --unpack stores them.
+        if item.table == "synthia" and label.mode != "P":
             return _synthia_classes(item, label, stored, remedy)
         require(label.mode in ("L", "P"), f"{item.label} is stored as {label.mode} and not as ids in "
                 f"one 8-bit channel: {remedy}")
@@ -559,18 +570,41 @@ def _wrong_colours(table, palette):
     return wrong
 
 
-def _open_image(item, size, rows=None):
-    """The picture in RGB, as Pillow's; its size has to be the label's, (w, h). With rows, a PNG, which is a stream from
-    top to bottom, is decoded so far and no further. EXIF turns nothing: labels lie over the pixels as stored."""
+def _open_image(item, size, box=None):
+    """The picture in RGB, as Pillow's; its size has to be the label's, (w, h).
+
+    box    (left, top, right, bottom) in whole pixels, or None for all of the picture. Pixels outside
+           of it may come out black, because decoding is most of a sample's time. The picture keeps
+           its size, so that a box means the same place on it as on the label.
+
+    EXIF turns nothing: labels lie over the pixels as stored.
+    """
     if not item.label:
         return _drawn(item)[0]
     with _reading(item.image) as image:
         require(image.size == size, f"{item.label} is {size[0]}x{size[1]} but its image {item.image} is "
                 f"{image.width}x{image.height}: fetch the pair again or remove it.")
-        if rows and image.format == "PNG" and not image.info.get("interlace"):
-            codec, (left, top, right, bottom), *rest = image.tile[0]
-            image.tile = [(codec, (left, top, right, min(rows, bottom)), *rest)]
+        if box:
+            _decode_only(image, box)
         return to_rgb(image, item.image)
+
+
+def _decode_only(image, box):
+    """Tell Pillow to decode no more of an opened file than the box needs.
+
+    `image.tile` is Pillow's plan for decoding: a decoder, the box of the picture that it fills,
+    where in the file it begins, and its arguments.
+    """
+    left, top, _, bottom = box
+    decoder, _, offset, arguments = image.tile[0]
+    if image.format == "PNG" and not image.info.get("interlace"):
+        # A PNG is a stream from top to bottom. What lies below the box can be left out, what lies
+        # above it cannot.
+        image.tile = [(decoder, (0, 0, image.width, bottom), offset, arguments)]
+    elif image.format == "PPM" and arguments in ("RGB", ("RGB", 0, 1)):
+        # The pixels lie one after another, three bytes each. So the box is found by counting.
+        row = 3 * image.width  # bytes from one row to the next
+        image.tile = [(decoder, box, offset + top * row + 3 * left, ("RGB", row, 1))]
 
 
 def to_rgb(image, path):
@@ -582,6 +616,9 @@ def to_rgb(image, path):
     32 bits   Whole or floating-point numbers are refused: no file says which number is white.
     """
     image.info.pop("transparency", None)  # it changes no colour, and Pillow would warn of it
+    if image.mode == "RGB":
+        image.load()
+        return image  # convert() would copy it, though there is nothing to convert: 8 MB for GTA5
     # Older Pillows call 16-bit grey of a PNG "I", which otherwise means 32 bits.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         high = np.asarray(image) >> 8
@@ -606,10 +643,14 @@ def _reading(path):
 
 def _train_ids(item, raw, mapillary):
     """Ids as stored, any shape, uint8 -> uint8 train ids. An id outside the table is refused, not guessed."""
-    label = _id_table(item.table, mapillary)[raw]
-    strange = np.unique(raw[label == UNKNOWN]).tolist()
-    require(not strange, f"{item.label}: ids {', '.join(map(str, strange[:8]))} are not in the table `{item.table}`: use the "
-            "official label files (ids, and neither colours nor another kind of ids).")
+    # The same as table[raw]. translate() looks each byte up in a table, too, and takes a third of the time.
+    translated = bytearray(raw.tobytes()).translate(_id_table(item.table, mapillary).tobytes())
+    label = np.frombuffer(translated, np.uint8).reshape(raw.shape)
+    if UNKNOWN in translated:
+        strange = np.unique(raw[label == UNKNOWN]).tolist()
+        raise UserError(f"{item.label}: ids {', '.join(map(str, strange[:8]))} are not in the table "
+                        f"`{item.table}`: use the official label files (ids, and neither colours nor "
+                        "another kind of ids).")
     return label
 
 
@@ -674,12 +715,14 @@ def gaussian_blur(image, rng):
 
 
 def training_view(item, crop, rng, mapillary="A", augment=True):
-    """One pair as a random view: (image (h, w, 3) uint8, label (h, w) uint8 train ids), crop = (h, w)."""
+    """One pair as a random view: (image (h, w, 3) uint8, label (h, w) uint8 train ids), crop = (h, w).
+
+    The image is to be read and not to be written to: it may be Pillow's own memory.
+    """
     label = _open_label(item)
     scale = rng.uniform(*SCALES) if augment else 1.0
     (box, size, offset), patch = varied_view(label, _id_table(item.table, mapillary), crop, scale, rng)
-    reach = max(1.0, 1 / scale)  # a bilinear pixel looks this far beyond the box
-    image = _open_image(item, label.size, rows=math.ceil(box[3] + reach) + 1)
+    image = _open_image(item, label.size, _neighbourhood(box, scale, label.size))
     image = image.resize(size, Image.BILINEAR, box=box)
     label = _train_ids(item, np.asarray(patch), mapillary)
     if augment:
@@ -687,12 +730,28 @@ def training_view(item, crop, rng, mapillary="A", augment=True):
             image, label = image.transpose(Image.FLIP_LEFT_RIGHT), label[:, ::-1]
             offset = crop[1] - size[0] - offset[0], offset[1]
         image = gaussian_blur(colour_jitter(image, rng), rng)
-    x, y = offset
-    canvas = np.full((*crop, 3), PADDING, np.uint8)
-    canvas[y:y + size[1], x:x + size[0]] = image
-    padded = np.full(crop, VOID, np.uint8)
-    padded[y:y + size[1], x:x + size[0]] = label
-    return canvas, padded
+    return _padded(image, label, crop, offset)
+
+
+def _neighbourhood(box, scale, size):
+    """The whole pixels, on a picture of size (w, h), of which a bilinear view of the box is made."""
+    reach = max(1.0, 1 / scale)  # a bilinear pixel looks this far beyond the box
+    left, top = (max(0, math.floor(edge - reach) - 1) for edge in box[:2])
+    right, bottom = (min(end, math.ceil(edge + reach) + 1) for edge, end in zip(box[2:], size))
+    return left, top, right, bottom
+
+
+def _padded(image, label, crop, offset):
+    """Pillow's image and an array of train ids, at offset (x, y) of a crop (h, w) -> two arrays of its size."""
+    # Nearly always on pictures of real size. To fill a canvas first would be in vain.
+    if label.shape == tuple(crop):
+        return np.asarray(image), np.ascontiguousarray(label)
+    # Pillow fills a canvas faster than numpy does.
+    canvas = Image.new("RGB", (crop[1], crop[0]), PADDING)
+    canvas.paste(image, offset)
+    padded, (x, y) = np.full(crop, VOID, np.uint8), offset
+    padded[y:y + label.shape[0], x:x + label.shape[1]] = label
+    return np.asarray(canvas), padded
 
 
 class TrainingStream:
@@ -722,9 +781,7 @@ class TrainingStream:
         """(source, index in its list) of sample n, or of the pair `skip` places further on in the order."""
         turn, source = divmod(n, len(self.sources))
         epoch, place = divmod(turn + skip, len(self.sources[source]))
-        # [seed, 0, ...] here, [seed, 1, ...] for views: numpy pads keys with zeros, so [5, 7] is also [5, 7, 0]
-        order = np.random.default_rng([self.seed, 0, source, epoch]).permutation(len(self.sources[source]))
-        return source, int(order[place])
+        return source, int(_order(self.seed, source, epoch, len(self.sources[source]))[place])
 
     def __getitem__(self, n):
         import torch
@@ -740,6 +797,13 @@ class TrainingStream:
                     warnings.warn(f"left out in training, another pair takes its place: {problem}", stacklevel=2)
                 last = problem
         raise UserError(f"{PATIENCE} training pairs in a row are bad (is the disk still there?), the last one: {last}")
+
+
+@functools.lru_cache(maxsize=16)
+def _order(seed, source, epoch, pairs):
+    """The order of a source's pairs in an epoch, kept, because to shuffle 25,000 pairs takes 0.3 ms."""
+    # [seed, 0, ...] here, [seed, 1, ...] for views: numpy pads keys with zeros, so [5, 7] is also [5, 7, 0]
+    return np.random.default_rng([seed, 0, source, epoch]).permutation(pairs)
 
 
 # ----------------------------------------------------------------------------------------------- python data.py --check
@@ -798,10 +862,344 @@ def _examine(item):
         label = _open_label(item)
         image = _open_image(item, label.size)
         count = np.array(label.histogram()[:256])
-        _train_ids(item, np.flatnonzero(count), "A")  # A and B know the same ids
+        _train_ids(item, np.flatnonzero(count).astype(np.uint8), "A")  # A and B know the same ids
         return "", image.size, count
     except UserError as error:
         return str(error), None, None
+
+
+# ------------------------------------------------------------------------- python data.py --unpack
+#
+# Eight loader processes give about 100 samples a second of GTA5 as downloaded. Most of that time
+# decodes PNGs. A fast GPU asks for more. So pictures can be decoded once, before training, at the
+# price of disk space.
+#
+# We compared these storages by `python tests/bench.py --loader`, on pictures of GTA5's size
+# (1914 x 1052), on two busy cores:
+#
+#     storage               MB a pair   ms of a core for a sample
+#     PNG, as downloaded         3.2     75
+#     PNG, level 1               3.7     87
+#     PNG, level 0               6.1     59
+#     BMP, TIFF                  6.1     27
+#     PPM                        6.1     23
+#
+# We chose PPM: a line of text, then the bytes of the pixels. Nothing is packed, filtered or summed,
+# so the box of a view is decoded alone. Any tool opens it. TIFF and BMP hold as many bytes and are
+# decoded whole. An "uncompressed" PNG still has filters and check sums over all of its bytes.
+# Lossy storages would change the training.
+#
+# Labels stay PNG, of 8-bit ids without row filters. Filters make photographs smaller, but they only
+# slow ids down. Ids without any compression would save about a tenth of a sample's time, and they
+# would add a third to the bytes.
+
+UNPACKED = ".ppm"
+UNFINISHED = "unfinished"  # a folder in the target: a data set leaves it when all of its files are there
+MARK = "unpacked.json"     # a file in an unpacked data set: where its files came from
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+GREY = [level for level in range(256) for _ in range(3)]  # a palette that shows id 7 as grey 7
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """One file of a data set and its place in the unpacked tree."""
+
+    item: Item
+    source: str   # item.image or item.label
+    target: str   # where its pixels go
+
+    @property
+    def same(self):
+        """Where a file that cannot be read goes: beside the target, with its own ending, so that it is listed."""
+        return os.path.splitext(self.target)[0] + os.path.splitext(self.source)[1]
+
+
+def unpack(names, root, into):
+    """Write data sets of `root` again below `into`, as files that decode at once.
+
+    -> the problems, one sentence each. UserError: what hinders it.
+
+    `into` is a data root afterwards. Every training sample and every evaluated pair from it has the
+    bits that it has from `root`. So a pair that cannot be read is copied as it is, with its fault:
+    training leaves it out here as there. Files get their name when they are whole and were read
+    back; a second call goes on after the first. Nothing below `root` is ever written.
+    """
+    try:
+        return _unpack(list(dict.fromkeys(names)), root, into)
+    except KeyboardInterrupt:
+        raise UserError(f"stopped; what is written stays in {os.path.join(into, UNFINISHED)}: give the "
+                        "same command again, and it goes on from there.") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{error.filename or into} could not be written or read ({reason}): see to the "
+                        "room on its disk or to its permissions, then give the same command again, and "
+                        "it goes on from there.") from None
+
+
+def _unpack(names, root, into):
+    """unpack, whose callers see no other error than a UserError."""
+    _check_places(names, root, into)
+    todo = {name: _files_to_write(name, root, into) for name in names}
+    _check_room([file for files in todo.values() for file in files], into)
+    problems = []
+    for name, files in todo.items():
+        place = os.path.join(into, DATASETS[name].folder)
+        if os.path.isdir(place):
+            print(f"{name}: unpacked already, in {place}.")
+            continue
+        problems += _write_all(name, files, root, into)
+        _finish(name, root, into)
+        print(f"{name}: unpacked into {place}.")
+    for problem in problems:
+        print("  PROBLEM, copied as it is: " + problem)
+    print(f"\nNow give --data-root {into} in the place of {root}.")
+    _propose_links(root, into)
+    return problems
+
+
+def _propose_links(root, into):
+    """Say how the other data sets get into the new data root: one root serves sources and targets."""
+    folders = sorted(spec.folder for spec in DATASETS.values() if spec.layouts)
+    missing = [folder for folder in folders if os.path.isdir(os.path.join(root, folder))
+               and not os.path.exists(os.path.join(into, folder))]
+    if missing:
+        print(f"It lacks {', '.join(missing)}. Data sets that are only evaluated need no unpacking, and "
+              "a link will do:")
+    for folder in missing:
+        print(f"  ln -s {shlex.quote(os.path.abspath(os.path.join(root, folder)))} {shlex.quote(str(into))}/")
+
+
+def _check_places(names, root, into):
+    """Refuse what cannot be unpacked, and a target folder in which something could be lost or mixed up."""
+    for name in names:
+        require(name in DATASETS, f"there is no data set {name!r}: choose from {', '.join(DATASETS)}.")
+        require(DATASETS[name].layouts, f"{name} is drawn and has no files: there is nothing to unpack, "
+                "leave it out.")
+    require(os.path.isdir(root), f"the data root {root} is not a folder: give --data-root the one that "
+            "holds the data sets.")
+    require(not os.path.exists(into) or os.path.isdir(into), f"--into {into} is a file: give a folder.")
+
+    real = os.path.realpath(into)
+    require(real != os.path.realpath(root), f"--into {into} is the data root itself, whose files stay as "
+            "they are: give another folder.")
+    folders = {spec.folder for spec in DATASETS.values() if spec.layouts}
+    for folder in sorted(folders):
+        source = os.path.join(root, folder)
+        inside = os.path.commonpath([real, os.path.realpath(source)]) == os.path.realpath(source)
+        require(not inside, f"--into {into} lies in the data set {source}, whose files stay as they are: "
+                "give another folder.")
+
+    found = os.listdir(into) if os.path.isdir(into) else []
+    for foreign in sorted(set(found) - folders - {UNFINISHED}):
+        raise UserError(f"--into {into} holds {foreign}, which is no data set: give a new or an empty folder.")
+    for name in names:
+        _check_origin(os.path.join(root, DATASETS[name].folder), os.path.join(into, DATASETS[name].folder))
+        _check_origin(os.path.join(root, DATASETS[name].folder),
+                      os.path.join(into, UNFINISHED, DATASETS[name].folder))
+
+
+def _check_origin(source, place):
+    """Refuse to go on in a folder that was not written by --unpack from this source."""
+    if not os.path.lexists(place):
+        return
+    came_from = _read_mark(place)
+    require(came_from, f"{place} was not written by --unpack: give another --into, or move that folder away.")
+    require(came_from == os.path.realpath(source), f"{place} was unpacked from {came_from} and not from "
+            f"{source}: give another --into, or remove that folder.")
+
+
+def _read_mark(place):
+    """The data set that the files of an unpacked one came from, or None where --unpack has not been."""
+    try:
+        with open(os.path.join(place, MARK), encoding="utf-8") as file:
+            return json.load(file)["from"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _files_to_write(name, root, into):
+    """The files of both splits that are not in the unpacked tree yet."""
+    folder = DATASETS[name].folder
+    finished = os.path.isdir(os.path.join(into, folder))
+    place = os.path.join(into, folder) if finished else os.path.join(into, UNFINISHED, folder)
+    files = {}
+    for split, items in _splits(name, root).items():
+        images = []
+        for item in items:
+            below = [os.path.relpath(path, os.path.join(root, folder)) for path in (item.image, item.label)]
+            image, label = (os.path.join(place, path) for path in below)
+            image = os.path.splitext(image)[0] + UNPACKED
+            images.append(image)
+            files[image] = _File(item, item.image, image)
+            files[label] = _File(item, item.label, label)  # once, also where three weathers share it
+        # The order of the pairs decides which one is sample n. With another ending, names that have
+        # dots within can sort otherwise.
+        require(images == sorted(set(images)), f"pictures of {name} ({split}) would have one name or "
+                f"another order as {UNPACKED} files: see that their names differ before the ending and "
+                "have no other dot.")
+    if finished:
+        require(_pairs_below(name, root) == _pairs_below(name, into), f"{os.path.join(root, folder)} has "
+                f"other pairs than {place}, which was unpacked from it: remove the latter to unpack it again.")
+        return []
+    return [file for file in files.values() if not _is_written(file)]
+
+
+def _splits(name, root):
+    """{split: its pairs} of the splits on disk. A problem of a listing is raised as list_items raises it."""
+    listed = {split: _list(name, root, split) for split in ("train", "val")}
+    # items is None where a split is not on disk: no fault if the other one is.
+    on_disk = {split: found for split, found in listed.items() if found[0] is not None}
+    for _, problems in on_disk.values() if on_disk else [listed["train"]]:
+        _raise_first(problems)
+    return {split: items for split, (items, _) in on_disk.items()}
+
+
+def _pairs_below(name, root):
+    """The listing of a data set without root and endings: equal for a data set and its unpacked copy."""
+    def below(item):
+        image, label = (os.path.relpath(path, root) for path in (item.image, item.label))
+        return os.path.splitext(image)[0], label, item.table
+
+    return {split: [below(item) for item in items] for split, items in _splits(name, root).items()}
+
+
+def _is_written(file):
+    """Whether a file is in the unpacked tree, of the source as it is now.
+
+    An unpacked file has its source's time of change. If the source has changed since, times differ.
+    """
+    for path in {file.target, file.same}:
+        with contextlib.suppress(OSError):
+            # Not every disk keeps fractions of a second.
+            if abs(os.path.getmtime(path) - os.path.getmtime(file.source)) < 2:
+                return True
+    return False
+
+
+def _check_room(files, into):
+    """Say how many bytes will be written, and refuse to begin where the disk has no room for them."""
+    with ThreadPoolExecutor(CORES) as pool:
+        sizes = pool.map(_bytes_of, files)
+        need = sum(tqdm(sizes, "sizes", len(files), unit="file", disable=not files))
+    above = os.path.abspath(into)
+    while not os.path.isdir(above):
+        above = os.path.dirname(above)
+    free = shutil.disk_usage(above).free
+    print(f"{len(files)} files to write: {need / 1e9:.3g} GB. Free in {into}: {free / 1e9:.3g} GB.",
+          flush=True)
+    require(need <= free, f"--into {into} lacks {(need - free) / 1e9:.3g} GB: make room there, or give a "
+            "folder on a larger disk.")
+
+
+def _bytes_of(file):
+    """What a file will take: three bytes a pixel for a picture, its present size for a label.
+
+    It is rounded up to 4 KiB, the block of most disks.
+    """
+    size = 0
+    with contextlib.suppress(OSError):
+        size = os.path.getsize(file.source)
+    if file.source == file.item.image:
+        with contextlib.suppress(UserError), _reading(file.source) as image:  # the header alone is read
+            size = 3 * image.width * image.height + 32
+    return -(-size // 4096) * 4096
+
+
+def _write_all(name, files, root, into):
+    """Write files of a data set on all cores, with a progress bar -> problems of pairs that cannot be read."""
+    folder = os.path.join(into, UNFINISHED, DATASETS[name].folder)
+    # Threads will do, as Pillow decodes and writes beside other threads. Processes can outlive a kill
+    # of the one that started them; threads cannot.
+    pool, problems = ThreadPoolExecutor(CORES), []
+    try:
+        for place in {folder, *(os.path.dirname(file.target) for file in files)}:
+            os.makedirs(place, exist_ok=True)
+        with _whole(os.path.join(folder, MARK)) as part, open(part, "w", encoding="utf-8") as mark:
+            json.dump({"from": os.path.realpath(os.path.join(root, DATASETS[name].folder))}, mark)
+        for problem in tqdm(pool.map(_write, files), name, len(files), unit="file", disable=not files):
+            problems += [problem] if problem and problem not in problems else []
+    finally:
+        # After an error or Ctrl-C: otherwise all other files would be written before anybody hears of it.
+        pool.shutdown(cancel_futures=True)
+    return problems
+
+
+def _write(file):
+    """Write one file and read it back -> "", or what is wrong with a pair, whose file is copied as it is."""
+    problem, pixels = "", None
+    is_label = file.source == file.item.label
+    try:
+        label = _open_label(file.item)
+        pixels = label if is_label else _open_image(file.item, label.size)
+    except UserError as error:
+        problem = str(error)
+    place = file.same if problem else file.target
+    for other in {file.target, file.same} - {place}:  # of an earlier call, when the source was another
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(other)
+    with _whole(place) as part:
+        if problem:
+            shutil.copyfile(file.source, part)
+            equal = filecmp.cmp(file.source, part, shallow=False)
+        elif is_label:
+            _save_ids(pixels, file.item.table, part)
+            again = _open_label(replace(file.item, label=part))
+            equal = np.array_equal(np.asarray(pixels), np.asarray(again))
+        else:
+            pixels.save(part, "PPM")
+            again = _open_image(replace(file.item, image=part), pixels.size)
+            equal = ImageChops.difference(pixels, again).getbbox() is None
+        require(equal, f"{place} was written and read back, and differs from {file.source}: its disk is "
+                "not to be trusted, give another --into.")
+        times = os.stat(file.source)
+        os.utime(part, ns=(times.st_atime_ns, times.st_mtime_ns))
+    return problem
+
+
+@contextlib.contextmanager
+def _whole(path):
+    """A name to write to. When all went well, the file is flushed to the disk, and then it gets the name `path`.
+
+    So a kill or a loss of power leaves no half file under a name that counts. The number of the
+    process keeps two calls apart.
+    """
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(part)
+
+
+def _save_ids(label, table, path):
+    """Raw ids, losslessly, as a PNG with a palette: for these alone Pillow leaves the row filters out.
+
+    The palette is the label's own, or grey n for id n. Where ids have official colours, _open_label
+    takes no grey, so a label without a palette stays without one.
+    """
+    ids = Image.fromarray(np.asarray(label))
+    palette = label.getpalette() or ([] if table in PALETTES else GREY)
+    if palette:
+        ids.putpalette((palette + [0] * 768)[:768])  # of fewer than 256 colours, Pillow would store fewer bits
+    ids.save(path, "PNG", compress_level=1, bits=8)
+
+
+def _finish(name, root, into):
+    """All files are there: compare the two listings, then move the data set out of UNFINISHED."""
+    unfinished, folder = os.path.join(into, UNFINISHED), DATASETS[name].folder
+    equal = _pairs_below(name, root) == _pairs_below(name, unfinished)
+    require(equal, f"{os.path.join(unfinished, folder)} holds other pairs than {os.path.join(root, folder)}, "
+            "which has changed meanwhile: remove the former and give the same command again.")
+    for place, _, files in os.walk(os.path.join(unfinished, folder)):
+        for file in files:
+            if file.endswith(".part"):  # of a call that was killed
+                os.remove(os.path.join(place, file))
+    os.rename(os.path.join(unfinished, folder), os.path.join(into, folder))
+    with contextlib.suppress(OSError):  # other data sets may be in it
+        os.rmdir(unfinished)
 
 
 def _demo():
@@ -820,18 +1218,27 @@ def _demo():
 
 
 def main():
-    """Read whole data sets and say what is wrong with them; exit status 1 if anything is."""
+    """Read whole data sets and say what is wrong with them, or unpack them; exit status 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--check", nargs="+", metavar="NAME", help=f"data sets to read in full: {', '.join(DATASETS)}")
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--check", nargs="+", metavar="NAME", help=f"data sets to read in full: {', '.join(DATASETS)}")
+    task.add_argument("--unpack", nargs="+", metavar="NAME",
+                      help="data sets to write again, below --into, as files that decode at once: for a GPU "
+                      "that waits for its loader")
+    parser.add_argument("--into", metavar="FOLDER", help="of --unpack: a new data root")
     parser.add_argument("--data-root", default="data", help="folder that holds one folder per data set (default: data)")
     parser.add_argument("--mapillary", default="A", choices=("A", "B"), help="66-to-19 mapping (default: A)")
     given = parser.parse_args()
-    if not given.check:
-        return _demo()
     try:
-        sys.exit(1 if check(given.check, given.data_root, given.mapillary) else 0)
+        require(bool(given.unpack) == bool(given.into),
+                "--unpack and --into belong together: give --unpack NAME --into FOLDER.")
+        if given.check:
+            sys.exit(1 if check(given.check, given.data_root, given.mapillary) else 0)
+        if given.unpack:
+            sys.exit(1 if unpack(given.unpack, given.data_root, given.into) else 0)
     except UserError as error:
         sys.exit(f"error: {error}")
+    _demo()
 
 
 if __name__ == "__main__":

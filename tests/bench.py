@@ -1,12 +1,16 @@
 """bench.py: what all timings share, and the speed and memory on a CPU that results/README.md states. On a GPU: tests/gpu.py.
 
-    python tests/bench.py                    three minutes on two cores, more on slow ones
+    python tests/bench.py                    four minutes on two cores, more on slow ones
+    python tests/bench.py --loader           its first minute: training samples by the storage of the files
 
 Times are medians of interleaved repetitions (A B A B ...), so that a machine that slows down slows both; what is worth
 quoting is the ratio. Weights are random, of the shapes of OpenAI's CLIPs: speed does not depend on their values.
 """
 
+import argparse
+import contextlib
 import copy
+import dataclasses
 import io
 import os
 import re
@@ -128,21 +132,129 @@ def gta5_sized(folder, pairs=4):
     return data.list_items("gta5", folder, "train")
 
 
-def bench_item():
+# What a picture file could be stored as: Pillow's format and its options. All but the first are made from it.
+STORAGES = {
+    "PNG, as downloaded": None,
+    "PNG, level 1": ("png", dict(compress_level=1)),
+    "PNG, level 0": ("png", dict(compress_level=0)),  # "uncompressed", yet filtered and check-summed
+    "BMP": ("bmp", {}),
+    "TIFF": ("tiff", {}),
+    "PPM (--unpack)": None,  # written by data.unpack itself, labels included
+}
+# Data sets whose files differ in size and kind: (picture size, ending). Their content is gta5_sized's, enlarged.
+SIZES = {"cityscapes": ((2048, 1024), "png"), "bdd": ((1280, 720), "jpg"), "mapillary": ((4032, 3024), "jpg")}
+
+
+def stored(folder, items):
+    """{storage: (the items stored so, MB a pair)} of the same pairs, written below `folder`."""
+    answer = {}
+    for number, (name, way) in enumerate(STORAGES.items()):
+        own = items
+        if name.startswith("PPM"):
+            own = unpacked("gta5", folder, Path(folder) / "unpacked")
+        elif way:
+            kind, options = way
+            place = Path(folder) / f"storage{number}"
+            place.mkdir()
+            own = [dataclasses.replace(item, image=str(place / f"{Path(item.image).stem}.{kind}")) for item in items]
+            for old, new in zip(items, own):
+                Image.open(old.image).save(new.image, kind, **options)
+        answer[name] = own, megabytes(own)
+    return answer
+
+
+def unpacked(name, root, into):
+    """The training pairs of a data set after `python data.py --unpack`, whose words are kept from the tables."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        data.unpack([name], str(root), str(into))
+    return data.list_items(name, str(into), "train")
+
+
+def megabytes(items):
+    """MB of a pair: its picture and its label."""
+    return sum(os.path.getsize(path) for item in items for path in (item.image, item.label)) / len(items) / 1e6
+
+
+def sample_times(lists, crop, repeats):
+    """{name: items} -> {name: median seconds of a core for a training sample}; all take the samples 0, 1, 2, ...
+
+    Interleaved, and by the clock of the thread, which stands still while other programs have the core: a sample is
+    made by one thread.
+    """
+    streams = {name: data.TrainingStream([items], crop, seed=0) for name, items in lists.items()}
+    seconds = {name: [] for name in lists}
+    for number in range(repeats + 1):
+        for name, stream in streams.items():
+            began = time.thread_time()
+            stream[number]
+            seconds[name].append(time.thread_time() - began)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def per_second(items, crop, workers, samples):
+    """Training samples a second that so many loader processes give, when they have started and filled their queues."""
+    stream = data.TrainingStream([items], crop, seed=0)
+    loader = torch.utils.data.DataLoader(stream, batch_size=2, sampler=range(2 * samples), num_workers=workers)
+    times = [time.perf_counter() for _ in loader]
+    half = len(times) // 2
+    return 2 * (len(times) - half) / (times[-1] - times[half - 1])
+
+
+def storage_table(workers=(1, 2), repeats=20, samples=24):
+    """A training sample (crop 512) of GTA5-sized pairs by the storage of its files; ms of one core."""
     with tempfile.TemporaryDirectory() as folder:
-        items = gta5_sized(folder, 1)
-        stream = data.TrainingStream([items], 512, seed=0)
-        content = Path(items[0].image).read_bytes()
-        count = iter(range(10 ** 6))
-        times = interleaved({"item": lambda: stream[next(count)], "decode": lambda: Image.open(io.BytesIO(content)).load()}, 30)
-    print(f"training item of a 1914 x 1052 PNG: {1000 * times['item']:.0f} ms, {times['item'] / times['decode']:.2f} times "
-          f"decoding its image alone")
+        lists = stored(folder, gta5_sized(folder, 2))
+        seconds = sample_times({name: items for name, (items, _) in lists.items()}, 512, repeats)
+        first = seconds["PNG, as downloaded"]
+        return [dict(storage=name, mb=size, ms=1000 * seconds[name], ratio=seconds[name] / first,
+                     **{f"images_per_s_{n}_workers": per_second(items, 512, n, samples * n) for n in workers})
+                for name, (items, size) in lists.items()]
+
+
+def unpack_table(repeats=10):
+    """A training sample (crop 512) of files as large as other data sets', before and after --unpack; ms of one core."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        model_pair = gta5_sized(folder, 1)[0]
+        for name, (size, ending) in SIZES.items():
+            items = enlarged(model_pair, name, Path(folder) / "downloaded", size, ending)
+            after = unpacked(name, Path(folder) / "downloaded", Path(folder) / "unpacked")
+            lists = {"before": items, "after": after}
+            seconds = sample_times(lists, 512, repeats)
+            rows.append(dict(like=f"{name}: {size[0]} x {size[1]} {ending}",
+                             mb_before=megabytes(items), mb_after=megabytes(lists["after"]),
+                             ms_before=1000 * seconds["before"], ms_after=1000 * seconds["after"],
+                             ratio=seconds["after"] / seconds["before"]))
+    return rows
+
+
+def enlarged(pair, name, root, size, ending):
+    """One pair of another data set, in its layout, with this pair's content at another size -> its items."""
+    image, label = {
+        "cityscapes": ("leftImg8bit/train/a/a_leftImg8bit", "gtFine/train/a/a_gtFine_labelIds.png"),
+        "bdd": ("images/10k/train/a", "labels/sem_seg/masks/train/a.png"),
+        "mapillary": ("training/images/a", "training/labels/a.png")}[name]
+    paths = [root / data.DATASETS[name].folder / path for path in (f"{image}.{ending}", label)]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    Image.open(pair.image).resize(size, Image.BICUBIC).save(paths[0])
+    ids = np.asarray(Image.open(pair.label).resize(size, Image.NEAREST)) % 19  # ids that every table knows
+    Image.fromarray(ids).save(paths[1])
+    return data.list_items(name, str(root), "train")
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--loader", action="store_true",
+                        help="only what the loader gives by the storage of the files")
+    only_loader = parser.parse_args().loader
+
     import gpu  # whose tables these are, at sizes for a CPU
 
-    bench_item()
+    for table in (storage_table, unpack_table):
+        gpu.show(table.__doc__, table())
+    if only_loader:
+        sys.exit()
     sizes = dict(towers=("RN50",), few=("RN50",), repeats=5, together=1, workers=(1, 2), pictures=((1024, 2048),), window=512)
     for amp in ("fp32", "bf16"):
         sizes["flags"] = dict(crop=512, batch=2, amp=amp)

@@ -2,12 +2,15 @@
 
 import hashlib
 import math
+import os
 import pickle
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -641,6 +644,37 @@ def test_image_and_label_stay_aligned_no_label_is_interpolated_and_padding_says_
     assert len({*top}) > 5 and len({*left}) > 5  # the place of the padding varies
 
 
+def plain_view(item, crop, rng):
+    """training_view as it is meant, and slow: both files decoded in full, every pixel translated, always a canvas."""
+    label, image = Image.open(item.label), Image.open(item.image).convert("RGB")
+    scale, table = rng.uniform(*data.SCALES), data.TABLES[item.table]
+    (box, size, (x, y)), patch = data.varied_view(label, table, crop, scale, rng)
+    image, label = image.resize(size, Image.BILINEAR, box=box), table[np.asarray(patch)]
+    if rng.random() < 0.5:
+        image, label, x = image.transpose(Image.FLIP_LEFT_RIGHT), label[:, ::-1], crop[1] - size[0] - x
+    image = data.gaussian_blur(data.colour_jitter(image, rng), rng)
+    canvas, padded = np.full((*crop, 3), (123, 117, 104), np.uint8), np.full(crop, VOID, np.uint8)
+    canvas[y:y + size[1], x:x + size[0]], padded[y:y + size[1], x:x + size[0]] = image, label
+    return canvas, padded
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "ppm", "RGBA", "P", "L.ppm", "16 bit.ppm"])
+def test_a_view_of_a_partly_decoded_picture_has_the_bits_of_a_plain_one(tmp_path, kind):
+    [item], _ = written(tmp_path, n=1, size=(150, 240), cell=5)
+    mode, ending = {"RGBA": ("RGBA", "png"), "P": ("P", "png"), "L.ppm": ("L", "ppm")}.get(kind, ("RGB", kind[-3:]))
+    noise = np.random.default_rng(0).integers(0, 256, (150, 240, 3), dtype=np.uint8)  # each pixel matters
+    path = Path(item.image).with_suffix("." + ending)
+    Path(item.image).unlink()
+    Image.fromarray(noise).convert(mode).save(path)
+    if kind == "16 bit.ppm":  # two bytes a colour, so that its pixels are not where those of eight bits are
+        path.write_bytes(b"P6 240 150 65535 " + noise.astype(">u2").tobytes())
+    [item] = data.list_items("gta5", tmp_path, "train")
+    for n in range(40):
+        crop = ((60, 80), (150, 100), (200, 260))[n % 3]  # the whole view, at times all of the rows, mostly padding
+        got, want = (view(item, crop, np.random.default_rng(n)) for view in (data.training_view, plain_view))
+        assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(got, want)), n
+
+
 def test_scales_fill_their_range_and_windows_their_picture():
     seen = []
     for n in range(300):
@@ -844,3 +878,186 @@ def test_the_demonstration_runs_with_nothing_but_this_file(tmp_path):
     shutil.copy(ROOT / "data.py", tmp_path)
     done = run(cwd=tmp_path)
     assert done.returncode == 0 and "agree on 100% of the rest" in done.stdout, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------- unpacking
+
+
+def tree(root):
+    """{path: (content, time of change)} of all files below a folder."""
+    return {str(path.relative_to(root)): (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in sorted(Path(root).rglob("*")) if path.is_file()}
+
+
+def same_bits(name, root, into, splits=("train", "val"), **keys):
+    """Whether both data roots have the same pairs, the same training samples and the same pictures to evaluate."""
+    for split in splits:
+        old, new = (data.list_items(name, place, split, **keys) for place in (root, into))
+        streams = [data.TrainingStream([items], (40, 50), seed=3) for items in (old, new)]
+        if not same(*(samples(stream, range(3 * len(old))) for stream in streams)):
+            return False
+        if not all(np.array_equal(a, b) for pair in zip(old, new) for a, b in zip(*map(data.load_pair, pair))):
+            return False
+    return True
+
+
+UNPACKED = [("gta5", 0), ("gta5", 1), ("bdd", 0), ("mapillary", 1), ("cityscapes", 0), ("cityscapes", 2),
+            ("synthia", 0), ("acdc", 0)]
+
+
+@pytest.mark.parametrize("name, layout", UNPACKED)
+def test_an_unpacked_data_set_gives_the_bits_of_the_original_which_is_untouched(tmp_path, name, layout):
+    root, into = tmp_path / "data", tmp_path / "new" / "unpacked"
+    undivided = name == "synthia" or (name, layout) == ("gta5", 0)
+    for split in ("train",) if undivided else ("train", "val"):
+        write_tiny(root, name, n=5, split=split, layout=layout)
+        if layout == 2:  # a second weather: pairs that share a label
+            write_tiny(root, name, n=5, split=split, layout=0)
+    before = tree(root)
+    done = run("--unpack", name, "--data-root", root, "--into", into)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert tree(root) == before
+    assert same_bits(name, root, into, **(dict(holdout=2) if undivided else {}))
+    folder = data.DATASETS[name].folder
+    got = {path for path in tree(into) if path != f"{folder}/unpacked.json"}
+    items = [item for split in ("train", "val") for item in data.list_items(name, root, split, holdout=2)]
+    assert got == {str(Path(item.image).with_suffix(".ppm").relative_to(root)) for item in items} | {
+        str(Path(item.label).relative_to(root)) for item in items}
+    pictures = [path for path in got if path.endswith(".ppm")]
+    assert len(pictures) == len(items) and all((into / path).stat().st_size == 48 * 64 * 3 + 13 for path in pictures)
+    assert f"GB. Free in {into}: " in done.stdout and f"{name}: unpacked into {into}/{folder}." in done.stdout
+
+
+@pytest.mark.parametrize("name", ["gta5", "cityscapes"])
+def test_unpacked_labels_are_not_larger_than_ids_need_and_one_without_a_palette_is_still_accepted(tmp_path, name):
+    items, _ = written(tmp_path / "d", name, n=2, size=(200, 300))
+    grey = Image.fromarray(np.asarray(Image.open(items[0].label)))  # as a program that knows no palette saves it
+    grey.save(items[0].label)
+    assert data.unpack([name], tmp_path / "d", tmp_path / "e") == []
+    assert same_bits(name, tmp_path / "d", tmp_path / "e", ["train"])
+    labels = [Image.open(item.label) for item in data.list_items(name, tmp_path / "e", "train")]
+    # P: stored without row filters
+    assert [label.mode for label in labels] == (["L", "P"] if name == "gta5" else ["P", "P"])
+    assert all(Path(label.filename).stat().st_size < 200 * 300 / 10 for label in labels)
+
+
+def test_several_sets_are_unpacked_at_once_and_links_to_the_others_are_proposed(tmp_path):
+    for name, split in (("gta5", "train"), ("bdd", "train"), ("cityscapes", "val")):
+        write_tiny(tmp_path / "d", name, n=3, split=split)
+    done = run("--unpack", "gta5", "bdd", "--data-root", tmp_path / "d", "--into", tmp_path / "e")
+    assert done.returncode == 0 and done.stdout.endswith(f"\n  ln -s {tmp_path}/d/cityscapes {tmp_path}/e/\n"), done
+    subprocess.run(done.stdout.splitlines()[-1], shell=True, check=True)
+    assert same_bits("cityscapes", tmp_path / "d", tmp_path / "e", ["val"])
+    assert same_bits("gta5", tmp_path / "d", tmp_path / "e", ["train"])
+    assert same_bits("bdd", tmp_path / "d", tmp_path / "e", ["train"])
+    files = tree(tmp_path / "e")
+    again = run("--unpack", "gta5", "bdd", "--data-root", tmp_path / "d", "--into", tmp_path / "e")
+    assert again.returncode == 0 and "gta5: unpacked already" in again.stdout and tree(tmp_path / "e") == files
+
+
+def test_a_pair_that_cannot_be_read_is_copied_as_it_is_so_that_training_leaves_it_out_here_as_there(tmp_path):
+    items, _ = written(tmp_path / "d", n=len(FAULTS) + 1)
+    wanted = [spoil(kind, item) for kind, item in zip(FAULTS, items) if not kind.startswith("gone")]
+    done = run("--unpack", "gta5", "--data-root", tmp_path / "d", "--into", tmp_path / "e")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    problems = [line for line in done.stdout.splitlines() if "PROBLEM" in line]
+    for path, says in wanted:
+        if "77" not in says:  # ids are read in training: the file of the label is as good as any
+            assert any(path in line and says in line for line in problems), (path, problems)
+    assert len(problems) == len(wanted) - 1
+    lists = [data.list_items("gta5", tmp_path / place, "train") for place in "de"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        old, new = (samples(data.TrainingStream([items], 60, seed=2), range(40)) for items in lists)
+    assert same(old, new)
+
+
+def in_the_middle(root, into, number):
+    """Unpack gta5, and stop the process by this signal when some pictures are there -> (exit status, its last line)."""
+    command = [sys.executable, "data.py", "--unpack", "gta5", "--data-root", str(root), "--into", str(into)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and len([*into.rglob("*.ppm")]) < 3:
+        time.sleep(0.005)
+    process.send_signal(number)
+    says = process.communicate(timeout=120)[1]
+    return process.returncode, says.strip().split("\n")[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_unpacking_that_is_cut_off_leaves_no_half_file_that_counts_and_goes_on_where_it_was(tmp_path, number):
+    root, into = tmp_path / "d", tmp_path / "e"
+    write_tiny(root, "gta5", n=40, size=(300, 400))
+    status, says = in_the_middle(root, into, number)
+    folder = into / "unfinished" / "gta5"
+    number_of_files = 80
+    assert status == (-9 if number == signal.SIGKILL else 1)
+    if number == signal.SIGINT:
+        assert says == (f"error: stopped; what is written stays in {into}/unfinished: give the same command again, "
+                        "and it goes on from there.")
+    assert "has no images" in error_of(data.list_items, "gta5", into, "train")  # nobody trains on a part of it
+    first = {path: path.stat().st_ino for path in folder.rglob("0*.p[pn][mg]")}
+    assert 3 <= len(first) < number_of_files
+    for path in first:
+        Image.open(path).load()  # it is whole
+    (folder / "images" / "00039.ppm.1.part").write_bytes(b"P6\n400 300\n255\nhalf")  # as a kill leaves it
+    done = run("--unpack", "gta5", "--data-root", root, "--into", into)
+    assert done.returncode == 0 and f"{number_of_files - len(first)} files to write" in done.stdout
+    for path, inode in first.items():
+        assert (into / "gta5" / path.relative_to(folder)).stat().st_ino == inode  # not written again
+    assert same_bits("gta5", root, into, ["train"]) and sorted(path.name for path in into.iterdir()) == ["gta5"]
+    assert not [*into.rglob("*.part")]
+
+
+def test_a_source_that_changes_between_two_calls_is_written_anew_or_refused(tmp_path, monkeypatch):
+    items, _ = written(tmp_path / "d", n=4)
+    whole = Path(items[1].image).read_bytes()
+    spoil("cut", items[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_finish", mock.Mock(side_effect=data.UserError("killed")))
+        assert error_of(data.unpack, ["gta5"], tmp_path / "d", tmp_path / "e") == "killed"
+    kept = tmp_path / "e" / "unfinished" / "gta5" / "images" / "00001.png"
+    assert kept.exists()
+    Path(items[1].image).write_bytes(whole)  # fetched again
+    os.utime(items[1].image, (10 ** 9, 10 ** 9))
+    assert data.unpack(["gta5"], tmp_path / "d", tmp_path / "e") == []
+    assert same_bits("gta5", tmp_path / "d", tmp_path / "e", ["train"])
+    write_tiny(tmp_path / "d", "gta5", n=1, first=4)
+    assert "has other pairs than" in error_of(data.unpack, ["gta5"], tmp_path / "d", tmp_path / "e")
+
+
+def test_unpacking_refuses_what_it_must_not_touch_or_cannot_hold(tmp_path, monkeypatch):
+    d, e = tmp_path / "d", tmp_path / "e"
+    items, _ = written(d, n=3)
+    (tmp_path / "link").symlink_to(d)
+    (tmp_path / "file").write_text("")
+    places = {d: "is the data root itself", tmp_path / "link": "is the data root itself",
+              d / "gta5": "lies in the data set", d / "gta5" / "new": "lies in the data set",
+              tmp_path / "file": "is a file", tmp_path: "holds d, which is no data set"}
+    for place, says in places.items():
+        assert says in error_of(data.unpack, ["gta5"], d, place)
+    names = {"toy-gta5": "is drawn and has no files", "gta": "there is no data set 'gta'", "idd": "has no images"}
+    for name, says in names.items():
+        assert says in error_of(data.unpack, [name], d, e)
+    usage = shutil.disk_usage(tmp_path)._replace(free=20000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        message = error_of(data.unpack, ["gta5"], d, e)
+        assert f"--into {e} lacks 2.92e-05 GB: make room there" in message  # 3 x (12 + 4) KiB but 20 KB
+    written(e, n=1)
+    assert f"{e}/gta5 was not written by --unpack" in error_of(data.unpack, ["gta5"], d, e)
+    shutil.rmtree(e)
+    with monkeypatch.context() as patch:  # what is read back is compared
+        patch.setattr(data, "_save_ids", lambda label, table, path: Image.new("L", label.size).save(path, "PNG"))
+        assert "read back, and differs from" in error_of(data.unpack, ["gta5"], d, e)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", mock.Mock(side_effect=OSError(28, "No space left on device")))
+        message = error_of(data.unpack, ["gta5"], d, e)
+        assert "No space left on device" in message and "give the same command again" in message
+        assert message.count("\n") == 0
+    assert not [*e.rglob("*.part")] and data.unpack(["gta5"], d, e) == []
+    written(tmp_path / "other", n=3)
+    assert "was unpacked from" in error_of(data.unpack, ["gta5"], tmp_path / "other", e)
+    Path(items[1].label).unlink()
+    assert error_of(data.unpack, ["gta5"], d, tmp_path / "f") == error_of(data.list_items, "gta5", d, "train")
+    for args in (("--unpack", "gta5"), ("--into", e)):
+        assert "--unpack and --into belong together" in run(*args).stderr
