@@ -178,14 +178,16 @@ def measure_run(run, limit=200):
     """
     config, otp = run.config, run.ppar.otp.cpu().float()
     print(f"Measuring {run.path / 'bound.json'}; targets are read here for analysis only, after training.")
-    domains = {"source": mixture([measure(run, data.list_items(name, config.data_root, "train", config.holdout, config.harmful), limit,
+    domains = {"source": mixture([measure(run, data.list_items(name, config.data_root, "train", config.holdout, config.harmful,
+                                                          run.withheld.get(name)), limit,
                                           weights=True) for name in config.source])}
     try:
-        domains["source held out"] = mixture([measure(run, data.list_items(name, config.data_root, "val", config.holdout), limit)
-                                              for name in config.source])
+        held_out = [data.list_items(name, config.data_root, "val", config.holdout, withheld=run.withheld.get(name))
+                    for name in config.source]
+        domains["source held out"] = mixture([measure(run, items, limit) for items in held_out])
     except data.UserError as error:
         print(f"no held-out source row: {error}")
-    domains.update((name, measure(run, items, limit)) for name, items in find_targets(config).items())
+    domains.update((name, measure(run, items, limit)) for name, items in find_targets(run).items())
     rows = {name: describe(domains["source"], domain, otp, config.tau) for name, domain in domains.items()}
     report = dict(run=str(run.path), step=run.step, method=config.method, source=list(config.source), seed=config.seed,
                   tau=config.tau, domains=rows)

@@ -1,14 +1,18 @@
-"""checkpoint.py: what a run leaves on disk, and how it comes back: atomic, strict, exact.
+"""checkpoint.py: what a run leaves on disk, and how it comes back: atomic, strict, exact, with one owner.
 
 A run is a folder. A crash, a full disk or a kill at any moment must leave it usable, and a file that this project did
 not write must be refused before any of it runs.
 
-    last.pt       model, clip (as it came, for Eq. 2), otp, arch, config, optimizer, step     written whole or not at all
+    last.pt       model, clip (frozen, for Eq. 2), otp, arch, config, optimizer, step, and by their names the pairs that
+                  were trained on and the pairs that were withheld                        written whole or not at all
     run.json      command, flags, versions, commit, machine; one more entry for every resumption
     log.jsonl     one JSON object per logged step; after a resume, only rows up to the checkpoint's step stay
+    .lock         the process that trains here holds a lock on this file
 
     save     write beside the file, flush to the disk, rename: whoever looks sees the old file or the new one
     load     compare check sums, unpickle weights alone, rebuild the network from `arch`, load every tensor strictly
+    own      one process trains into a folder. evaluate.py, figures.py and bound.py may read it at any time. They
+             write files of their own, whole, so they need no lock.
 
 Not here: when a run is saved (train.py), results.json (evaluate.py). torch is imported inside the functions, so that
 `--help` answers at once. `python checkpoint.py` prints
@@ -19,12 +23,17 @@ Not here: when a run is saved (train.py), results.json (evaluate.py). torch is i
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import os
+import re
+import secrets
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections import namedtuple
 from importlib import metadata
@@ -34,25 +43,41 @@ from types import SimpleNamespace
 from data import UserError, require
 from machine import choose_device, precision
 
-Run = namedtuple("Run", "ppar config step path")  # a trained PPAR module, its flags as a namespace, its step, its folder
+try:
+    import fcntl  # locks of the operating system
+except ModuleNotFoundError:  # Windows has no locks of this kind: `own` says so and goes on without
+    fcntl = None
+
+# A trained PPAR module, its flags as a namespace, its step, its folder, and {source: names of the pairs that it withheld}.
+# Without the last one, the withheld pairs are those that --holdout chooses on the disk as it is.
+Run = namedtuple("Run", "ppar config step path withheld", defaults=({},))
 FLAGS = set("""source targets data_root mapillary holdout harmful clip tau tau_assign beta mask_padding judge_text
     text_weight amp seed steps method""".split())  # of any run
 
 
+# --------------------------------------------------------------------------------------------------------------- files
+
+
 def write_atomically(path, write):
-    """write(binary file), so that `path` is at every moment either the old file or the new one, whole."""
-    temporary = f"{path}.tmp"
+    """write(binary file), so that `path` is at every moment either the old file or the new one, whole.
+
+    The new content goes into a file beside it, whose name no other process has: two writers of one name would mix their
+    bytes. A process that is killed here leaves this file; `own` removes it.
+    """
+    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())  # the data must be on the disk before the name is
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        while error.__context__ is not None:  # torch reports a full disk as a position in its own source; the
-            error = error.__context__  # system's reason lies below it
         Path(temporary).unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({' '.join(str(error).split())[:200]}): the file before it is untouched; "
+        chain = [error]  # torch reports a full disk as a position in its own source; the system's reason lies below it
+        while chain[-1].__context__ is not None:
+            chain.append(chain[-1].__context__)
+        reason = next((cause for cause in chain if isinstance(cause, OSError)), error)
+        raise UserError(f"{path} could not be written ({' '.join(str(reason).split())[:200]}): the file before it is untouched; "
                         f"make room and try again, a training run with --resume {os.path.dirname(path)}.") from None
 
 
@@ -62,19 +87,119 @@ def write_json(path, content):
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+# ----------------------------------------------------------------------------------------------------------- ownership
+
+
+_HELD = {}  # real path of a run folder -> descriptor of its .lock, for the locks that this process holds
+UNUSED_FOR = 3600  # seconds; no process writes longer on one file, so an older temporary file belongs to a dead one
+
+
+def own(folder):
+    """Take the lock of an existing run folder, or raise the UserError that names the process that has it.
+
+    Two processes that train into one folder would overwrite each other's checkpoint and log every step twice.
+    The operating system keeps the lock for as long as this process lives. So it also goes after SIGKILL, when no line
+    of ours can run. The file .lock stays, and is no sign of a running process by itself.
+    On a network the lock is as good as its file system: most share locks between machines, some do not. Where there are
+    no locks at all, this says so and goes on.
+    """
+    place = os.path.realpath(folder)
+    if place in _HELD:
+        return
+    if fcntl is None:
+        return _warn_without_lock(folder, "this system has none")
+    file = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:  # another process has it
+        owner = os.read(file, 500).decode(errors="replace").strip() or "another process"
+        os.close(file)
+        raise UserError(f"{folder} is being trained by {owner}: wait for it, or stop it, or give another --out.") from None
+    except OSError as error:
+        os.close(file)
+        return _warn_without_lock(folder, error.strerror)
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)  # for the sentence above
+    _close_in_children()
+    _HELD[place] = file
+    _remove_leftovers(folder)
+
+
+def disown():
+    """Give back the locks that this process holds. The end of the process does the same."""
+    for file in _HELD.values():
+        os.close(file)
+    _HELD.clear()
+
+
+@functools.cache
+def _close_in_children():
+    """Let no child keep a lock. A forked loader process has copies of all descriptors; it may live on when we are killed,
+    and while one copy is open, the lock holds. Programs that are started anew inherit no descriptor of Python's."""
+    os.register_at_fork(after_in_child=disown)
+
+
+def _warn_without_lock(folder, reason):
+    print(f"note: no lock for {folder} ({reason}): see to it that no second process trains into it.", file=sys.stderr)
+
+
+def _check_still_ours(folder):
+    """Refuse to write into a folder that was removed and made anew by another run while this one trained."""
+    file = _HELD.get(os.path.realpath(folder))
+    if file is None:  # a caller without a lock
+        return
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.fstat(file), os.stat(os.path.join(folder, ".lock"))):
+            return
+    raise UserError(f"{folder} was removed or renamed while this run trained into it: nothing more is written; start it anew.")
+
+
+def _remove_leftovers(folder):
+    """Remove what processes that were killed had half written; a checkpoint has up to 4 GB. Call it under the lock.
+
+    Of the files that only the owner writes, every temporary is a leftover. Others may be in writing by evaluate.py or
+    figures.py at this moment, so they must be old.
+    """
+    for path in Path(folder).iterdir():
+        match = re.fullmatch(r"(.+)\.[0-9a-f]{8}\.tmp", path.name)
+        with contextlib.suppress(OSError):
+            if match and (match[1] in ("last.pt", "run.json", "log.jsonl")
+                          or time.time() - path.stat().st_mtime > UNUSED_FOR):
+                path.unlink()
+
+
+def check_unused(folder):
+    """Refuse a run folder that holds training. One with step 0 alone holds none, and may be used again.
+
+    So the remedy for a first step that does not fit into memory works: the same command with a smaller --micro-batch.
+    """
+    file = Path(folder) / "last.pt"
+    if not file.exists():
+        return
+    step = None
+    with contextlib.suppress(Exception):  # whatever it is, it is not ours to overwrite
+        import torch
+        step = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["step"]  # mmap: reads no weight
+    trained = f"trained to step {step}" if isinstance(step, int) else "with a last.pt that cannot be read"
+    require(step == 0, f"--out {folder} holds another run, {trained}: give another --out, or go on with that one by "
+                       f"--resume {folder}.")
+
+
 def open_folder(config, step=None):
-    """Make the folder of a new run and its run.json; refuse one that holds another run.
+    """Make the folder of a new run and its run.json; refuse one that another process trains into, or that holds training.
 
     With the step of a resumption, tell run.json of it, and drop the log rows of steps that will be done again.
     """
     folder, now = Path(config.out), describe(config)
     told, log = folder / "run.json", folder / "log.jsonl"
     if step is None:
-        require(not (folder / "last.pt").exists(),  # there from step 0 on
-                f"--out {folder} holds another run: give another --out, or go on with that one by --resume {folder}.")
         folder.mkdir(parents=True, exist_ok=True)
+        own(folder)
+        check_unused(folder)
+        (folder / "last.pt").unlink(missing_ok=True)  # of step 0: from now on, --resume must not find the former flags
         log.unlink(missing_ok=True)
         return write_json(told, now)
+    own(folder)
     with contextlib.suppress(FileNotFoundError, ValueError, AttributeError):  # none, or none of ours
         run = json.loads(told.read_text(encoding="utf-8"))
         write_json(told, run | dict(resumed=[*run.get("resumed", []), dict(now, step=step)]))
@@ -118,16 +243,26 @@ def describe(config):
                 changed_since_commit=commit and commit.endswith("-dirty"), precision=precision(config.amp, device)[0], **machine)
 
 
-def save(ppar, optimizer, config, step, rank=0):
-    """Write last.pt, in the first process alone. Weights that are not finite are refused: the file is always one to go on with."""
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+NAMES = dict(pairs={}, withheld={})  # of a run that was not told which pairs it trains on
+
+
+def save(ppar, optimizer, config, step, rank=0, names=NAMES):
+    """Write last.pt, in the first process alone. Weights that are not finite are refused: the file is always one to go on with.
+
+    names   dict(pairs={source: [Item.name, in the order of the list]}, withheld={source: [Item.name]})
+    """
     import torch
     require(all(torch.isfinite(t).all() for t in ppar.state_dict().values() if t.is_floating_point()),
             f"the weights are not finite after step {step}: the last good checkpoint stays in {config.out}; "
             f"start anew with a lower --lr, or look at the data (python data.py --check).")
     if rank == 0:
+        _check_still_ours(config.out)
         content = dict(model=ppar.net.state_dict(), clip=ppar.clip and ppar.clip.state_dict(),
                        otp=ppar.otp, seen=ppar.seen, arch=ppar.net.arch,
-                       optimizer=optimizer.state_dict(), step=step, config=vars(config))
+                       optimizer=optimizer.state_dict(), step=step, config=vars(config), **names)
         write_atomically(os.path.join(config.out, "last.pt"), lambda file: torch.save(content, file))
 
 
@@ -144,7 +279,7 @@ def read(folder):
             if archive.testzip():
                 raise zipfile.BadZipFile
         state = torch.load(file, map_location="cpu", weights_only=True)
-        missing = {"model", "clip", "otp", "seen", "arch", "config", "optimizer", "step"} - set(state)
+        missing = {"model", "clip", "otp", "seen", "arch", "config", "optimizer", "step", "pairs", "withheld"} - set(state)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file} does not exist: give the run folder that train.py wrote (--out).") from None
     except Exception as error:
@@ -163,14 +298,23 @@ def refuse_misfit(folder):
         raise UserError(f"{folder}/last.pt does not hold the network that it describes ({' '.join(str(error).split())[:200]}).") from None
 
 
-def load_weights(ppar, state, folder):
-    """The weights of a checkpoint into a PPAR of the same shape, strictly."""
+def rebuild(state, folder):
+    """The PPAR module of a checkpoint, on the CPU, without CLIP's file: all sizes are in `arch`, all weights in the state."""
+    import torch
+    from model import SegmentationNet
+    from ppar import PPAR
     with refuse_misfit(folder):
+        net, clip = (SegmentationNet.from_arch(state["arch"]) for _ in range(2))
+        otp = torch.empty(state["arch"]["num_classes"], net.encoder.dim)
+        frozen = clip.encoder.requires_grad_(False) if state["clip"] else None
+        numbers = (state["config"][name] for name in ("tau_assign", "beta", "mask_padding"))
+        ppar = PPAR(net, otp, frozen, *numbers)
         ppar.net.load_state_dict(state["model"])
         # Not strict, because net and clip have lines of their own; shapes are checked all the same.
         ppar.load_state_dict({"otp": state["otp"], "seen": state["seen"]}, strict=False)
         if ppar.clip is not None:
             ppar.clip.load_state_dict(state["clip"])
+    return ppar
 
 
 def load_optimizer(optimizer, state, folder):
@@ -187,22 +331,15 @@ def load_optimizer(optimizer, state, folder):
 
 
 def load_run(folder, device="cpu"):
-    """A run folder -> Run, frozen and in eval mode, without CLIP's file: all sizes are read off the checkpoint."""
-    import torch
-    from model import SegmentationNet
-    from ppar import PPAR
+    """A run folder -> Run, frozen and in eval mode."""
     state = read(folder)
     with refuse_misfit(folder):
-        net, clip = (SegmentationNet.from_arch(state["arch"]) for _ in range(2))
         config = SimpleNamespace(**state["config"])
         if missing := FLAGS - set(vars(config)):
             raise KeyError(f"without the flags {', '.join(sorted(missing))}")
-        otp = torch.empty(state["arch"]["num_classes"], net.encoder.dim)
-        frozen = clip.encoder if state["clip"] else None
-        ppar = PPAR(net, otp, frozen, config.tau_assign, config.beta, config.mask_padding)
         step = int(state["step"])
-    load_weights(ppar, state, folder)
-    return Run(ppar.eval().requires_grad_(False).to(device), config, step, Path(folder))
+    ppar = rebuild(state, folder)
+    return Run(ppar.eval().requires_grad_(False).to(device), config, step, Path(folder), state["withheld"])
 
 
 def run_flags(description):

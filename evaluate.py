@@ -296,7 +296,7 @@ def evaluate_targets(run, protocol=PROTOCOL, rank=0, processes=1, compare=None, 
     compare  folder of a second run, whose file of this name is shown beside
     Of several processes, each scores its share of the images of every target; the sum of their tables is the table.
     """
-    config, device, targets = run.config, run.ppar.otp.device, find_targets(run.config)
+    config, device, targets = run.config, run.ppar.otp.device, find_targets(run)
     other = _read_results(compare, how_taken(run, protocol), name) if compare else None
     score, confs = make_scorer(run.ppar, config), {}
     for target, items in targets.items():
@@ -312,11 +312,15 @@ def evaluate_targets(run, protocol=PROTOCOL, rank=0, processes=1, compare=None, 
     return results
 
 
-def find_targets(config):
+def find_targets(run):
     """Target -> its validation items, all of them before any work: a folder that is missing is missed now."""
-    unseen = getattr(config, "holdout_unseen", 0) or config.holdout  # of a source, only what its training left out may be scored
-    return {name: data.list_items(name, config.data_root, "val", config.holdout if name in config.source else unseen)
-            for name in config.targets}
+    config, targets = run.config, {}
+    for name in config.targets:
+        holdout = getattr(config, "holdout_unseen", 0) or config.holdout
+        if name in config.source:  # of a source, only what its training left out may be scored
+            holdout = config.holdout
+        targets[name] = data.list_items(name, config.data_root, "val", holdout, withheld=run.withheld.get(name))
+    return targets
 
 
 def _read_results(run, taken, name):

@@ -158,7 +158,7 @@ def figure_curves(path, rows):
 def draw_figures(run, compare=None):
     """Every figure that this run has the material for, into its folder. compare: a second checkpoint.Run."""
     config, out = run.config, Path(run.config.out)
-    targets = find_targets(config)
+    targets = find_targets(run)
     scorers = {f"{title}: {who.path.name}": make_scorer(who.ppar, who.config)
                for title, who in (("compared", compare), ("prediction", run)) if who}
     for name, items in targets.items():
@@ -191,7 +191,7 @@ def _draw_embedding(run, targets, path):
         return
     before = ppar.PPAR(net, otp, run.ppar.clip, config.tau_assign, config.beta).to(otp.device).eval()
     modules = {"before (CLIP)": before, "after training": run.ppar}
-    own = [data.list_items(name, config.data_root, "train", config.holdout) for name in config.source]
+    own = [data.list_items(name, config.data_root, "train", config.holdout, withheld=run.withheld.get(name)) for name in config.source]
     unseen = [items for name, items in targets.items() if name not in config.source]
     groups = {group: [data.load_pair(item, config.mapillary) for items in lists for item in data.evenly(items, number)]
               for group, lists, number in (("source", own, 12), ("targets", unseen, 4)) if lists}

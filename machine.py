@@ -10,6 +10,7 @@ pressed Ctrl-C? The answers must not change what is learned. They stand here, so
     sum          a mean over the batch is a sum over all processes, divided once         sum_over_processes
     parts        a batch that does not fit goes through the network in parts             backward_in_parts
     stop         a signal asks; the loop finishes its step, saves, and ends              catch_signals, stop_asked
+    trouble      memory that runs out, a loader's process that dies, no compiler         trouble
 
 Why parts and processes have the same gradient as the whole batch: the loss of a batch is a mean over its pixels, with
 weights (Eq. 6) and class counts of the whole batch. Whoever takes the mean of the means of the parts gets another loss.
@@ -22,6 +23,7 @@ Not here: the loop (train.py), the files of a run (checkpoint.py). torch is impo
 
 import contextlib
 import os
+import re
 import signal
 import time
 
@@ -74,6 +76,11 @@ def setup_processes(config):
         return 0, 1, device
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
+
+
+def is_first():
+    """Whether this is the first process of all: so says torchrun's variable, before the group of processes exists."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def count_processes():
@@ -210,6 +217,28 @@ def stop_asked(signals, processes, together, device):
     if not together:
         return False
     return bool(sum_over_processes(torch.tensor(len(signals), device=device)).item())
+
+
+# ------------------------------------------------------------------------------------------------------------- trouble
+
+
+def trouble(error):
+    """What of the machine an exception stands for -> ("memory", "loader", "compiler" or None, its reason in one line).
+
+    torch has few exceptions of its own for this, so their texts are read. Neither data nor code are at fault in these.
+    """
+    text = " ".join(str(error).split())
+    tried = re.search(r"[Tt]ried to allocate [\d.]+ \w+", text)
+    reason = tried[0] if tried else text.split(". ")[0][:200] or type(error).__name__
+    words = r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory|_ALLOC_FAILED"
+    memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or re.search(words, text)
+    if died := re.search(r"DataLoader worker .*?(killed by signal: [\w ]+\w|exited unexpectedly)", text):
+        return "loader", died[1]
+    if memory:
+        return ("loader", "out of memory") if "in DataLoader worker process" in text else ("memory", reason)
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo", "triton")) or re.search(r"C(\+\+)? compiler", text):
+        return "compiler", reason
+    return None, reason
 
 
 def _demo():

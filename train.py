@@ -15,7 +15,9 @@ Not here: the loss (ppar.py), the files of a run (checkpoint.py), the score (eva
 """
 
 import argparse
+import contextlib
 import dataclasses
+import json
 import math
 import os
 import sys
@@ -29,6 +31,16 @@ POSITIVE = ("positive", lambda x: 0 < x < math.inf)
 AT_LEAST_0 = ("at least 0", lambda x: 0 <= x < math.inf)
 SHARE = ("in [0, 1]", lambda x: 0 <= x <= 1)
 RAMP = ("two fractions of the run, at least 0, rising, at most 1", lambda x: len(x) == 2 and 0 <= x[0] < x[1] <= 1)
+
+
+# What may differ between a run and its continuation. None changes a number, beyond rounding. (CLIP's weights are in the
+# checkpoint; its file is read for a figure alone, and must be the same one.)
+MAY_CHANGE_ON_RESUME = {"device", "workers", "save_every", "data_root", "figures", "micro_batch", "compile", "clip"}
+
+
+def flags(names):
+    """Fields of Config as their flags, in one line."""
+    return ", ".join("--" + name.replace("_", "-") for name in sorted(names))
 
 
 def option(default, help, rule=None, choices=None):
@@ -75,12 +87,12 @@ class Config:
     seed: int = option(0, "of initial weights, data order and augmentation", AT_LEAST_0)
     # the machine
     out: str = option(None, "run folder; default runs/METHOD-SOURCES-seedN")
-    resume: str = option(None, "run folder to go on with; its own flags are used")
+    resume: str = option(None, f"run folder to go on with; its own flags are used, of which {flags(MAY_CHANGE_ON_RESUME)} may change")
     device: str = option(None, "cpu, cuda, cuda:1, ...; default: cuda where there is one")
     amp: str = option(None, "bf16 autocast, or auto: where the processor has it", choices=("auto", "bf16", "fp32"))
     compile: bool = option(False, "torch.compile the network")
     workers: int = option(None, "loader processes; any number gives the same batches", AT_LEAST_0)
-    save_every: int = option(500, "steps between checkpoints", POSITIVE)
+    save_every: int = option(0, "steps between checkpoints; 0: ten minutes between them", AT_LEAST_0)
     figures: bool = option(True, "draw the figures after the evaluation")
 
 
@@ -95,9 +107,9 @@ PRESETS = {
 }
 # What --method erm switches off. All else stays, at the same seed to the bit: data, initial weights, optimiser.
 ERM = dict(align="none", reweight=False, text_weight=0.0)
-# What may differ between a run and its continuation. None changes a weight, beyond a device's own rounding.
-MAY_CHANGE_ON_RESUME = {"device", "workers", "save_every", "data_root", "figures"}
 LOG_EVERY = 10  # steps between rows of log.jsonl
+SAVE_SECONDS = 600  # between checkpoints: at most ten minutes are lost, and writing even 4 GB takes little of them
+LABELLED_WITHIN = 100  # batches of which at least one pixel must have a class
 
 
 def typed(name, value):
@@ -160,14 +172,50 @@ from machine import setup_processes, sum_over_processes  # noqa: E402
 
 
 def open_data(config, state):
-    """The endless stream of training samples. Of the targets, only the names of the files are looked at."""
-    sources = [data.list_items(name, config.data_root, "train", config.holdout, config.harmful) for name in config.source]
+    """(the endless stream of training samples, the names of its pairs and of the withheld ones, as checkpoint.save keeps them).
+
+    Of the targets, only the names of the files are looked at.
+    """
+    sources, withheld = [], {}
+    for name in config.source:
+        withheld[name] = state["withheld"].get(name) if state else withheld_names(config, name)
+        items = data.list_items(name, config.data_root, "train", config.holdout, config.harmful, withheld[name])
+        if state:
+            items = same_pairs(config, name, items, state["pairs"].get(name, []))
+        else:
+            data.check_pairs(items, mapillary=config.mapillary)  # what is wrong with the files is found before step 0
+        sources.append(items)
     for name in config.targets:
-        data.list_items(name, config.data_root, "val", config.holdout)
-    for items in sources if state is None else []:  # what is wrong with the files is found before step 0
-        data.check_pairs(items, mapillary=config.mapillary)
+        data.list_items(name, config.data_root, "val", config.holdout, withheld=withheld.get(name))
     data.check_shared_memory(config.workers, config.batch * 4 * config.crop ** 2)
-    return data.TrainingStream(sources, config.crop, config.seed, config.mapillary)
+    stream = data.TrainingStream(sources, config.crop, config.seed, config.mapillary)
+    pairs = {name: [item.name for item in items] for name, items in zip(config.source, sources)}
+    return stream, dict(pairs=pairs, withheld=withheld)
+
+
+def withheld_names(config, name):
+    """Names of the pairs of a source that --holdout keeps out of training. None of a source with a validation split."""
+    if not config.holdout:
+        return []
+    every = data.list_items(name, config.data_root, "train", 0, config.harmful)
+    trained = {item.name for item in data.list_items(name, config.data_root, "train", config.holdout, config.harmful)}
+    return [item.name for item in every if item.name not in trained]
+
+
+def same_pairs(config, name, items, trained):
+    """The items, in the order of the names that the run was trained on. Refuses a list with other names.
+
+    Sample n is a place in this list. With one pair more or fewer, a resumed run would go on with other samples, and an
+    interruption would change what is learnt. Folders may have moved: names do not contain them.
+    """
+    here = {item.name: item for item in items}
+    gone = [pair for pair in trained if pair not in here]
+    new = sorted(set(here) - set(trained))
+    changes = [f"{len(names)} {verb} (the first is {names[0]})" for names, verb in ((gone, "went"), (new, "came")) if names]
+    require(not changes, f"{name} in {config.data_root} is not the list of pairs that {config.out} was trained on: "
+                         f"{', '.join(changes)}; a resumed run needs the same pairs, so put the list back as it was, or "
+                         f"start a new run with another --out.")
+    return [here[pair] for pair in trained]
 
 
 def open_loader(stream, config, start, rank, processes, device):
@@ -184,6 +232,26 @@ def open_loader(stream, config, start, rank, processes, device):
                                        pin_memory=device.type == "cuda", worker_init_fn=machine.outlive_signals)
 
 
+def watch_labels(batches, config, start, processes, device):
+    """Hand on the batches from step `start` on; end the run when no pixel of its first hundred has a class.
+
+    Labels of a wrong kind may all be void. The loss is then 0 in every step, which looks like a run that goes well.
+    The labels are looked at on the host, before they go to the device. So no step waits for this.
+    """
+    last = min(start + LABELLED_WITHIN, config.steps) - 1
+    labelled = False
+    for step, (image, label) in enumerate(batches, start):
+        labelled = labelled or bool((label != data.VOID).any())
+        if step == last:
+            anywhere = labelled
+            if processes > 1:  # each process sees its share of a batch
+                anywhere = sum_over_processes(torch.tensor(float(labelled), device=device)).item() > 0
+            require(anywhere, f"no pixel of {last + 1 - start} batches has a class, so there is nothing to learn from: are these the "
+                              f"official labels? `python data.py --check {' '.join(config.source)} --data-root "
+                              f"{config.data_root}` says what is in them.")
+        yield image, label
+
+
 def build(config):
     """PPAR at step 0, from the flags of a run -> (PPAR, one line that says what was loaded of CLIP)."""
     asks_clip = config.reweight or config.align not in ("otp", "none")  # Eq. 5 or Eq. 2
@@ -194,15 +262,17 @@ def build(config):
 
 def open_network(config, state, rank, device, layout):
     """PPAR at step 0, or as the checkpoint `state` holds it; the first process says what was loaded of CLIP."""
-    module, report = machine.take_turns(rank, device, lambda: build(config))
+    if state:  # all of CLIP that a run needs is in its checkpoint: the file may have moved
+        module = checkpoint.rebuild(state, config.out)
+        module.net.encoder.freeze(config.freeze)
+        report = f"network and CLIP as in {config.out}/last.pt, step {state['step']}"
+    else:
+        module, report = machine.take_turns(rank, device, lambda: build(config))
     multiple = module.net.encoder.multiple
     require(config.crop % multiple == 0, f"--crop {config.crop} must be a multiple of {multiple} for --clip {config.clip}.")
-    module.to(device, memory_format=layout)
-    if state:
-        checkpoint.load_weights(module, state, config.out)
     if rank == 0:
         print(report)
-    return module.train()
+    return module.to(device, memory_format=layout).train()
 
 
 def make_optimizer(module, config):
@@ -236,13 +306,18 @@ def schedule(config, step):
 
 
 def set_up(config, state, rank, processes, device, layout):
-    """All that the loop needs -> (stream, module, network, optimizer), from the checkpoint `state` or from step 0.
+    """All that the loop needs -> (stream, names, module, network, optimizer), from the checkpoint `state` or from step 0.
 
+    names are those of the pairs, for the checkpoint.
     module is our PPAR. network is what the loop calls: the module itself, or the module compiled, or the module within
     DistributedDataParallel, which sums the gradients of all processes.
     """
     require(config.batch % processes == 0, f"--batch {config.batch} cannot be split over {processes} processes: give a multiple.")
-    stream = open_data(config, state)
+    if processes > 1:  # on several machines, one may see an older file than the others
+        start = state["step"] if state else 0
+        steps = sum_over_processes(torch.tensor(start, device=device)).item()
+        require(steps == start * processes, f"the processes do not see the same checkpoint in {config.out}: start them again.")
+    stream, names = open_data(config, state)
     module = open_network(config, state, rank, device, layout)
     if rank == 0:
         checkpoint.open_folder(config, state["step"] if state else None)
@@ -254,7 +329,7 @@ def set_up(config, state, rank, processes, device, layout):
     network = torch.compile(module) if config.compile else module
     if processes > 1:
         network = torch.nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
-    return stream, module, network, optimizer
+    return stream, names, module, network, optimizer
 
 
 def check_first_step(module, optimizer):
@@ -285,6 +360,62 @@ def describe(terms, at, out, otp, label, config, done):
     return row
 
 
+class Progress:
+    """How far a run is, for checkpoints and for messages."""
+
+    def __init__(self, config, start, rank):
+        self.done = start  # steps
+        self.saved = start or None  # step of the last checkpoint; None: there is none yet
+        self.time = time.monotonic()  # of the last checkpoint
+        self.every, self.rank = config.save_every, rank
+
+    def save_is_due(self):
+        """Whether a checkpoint is due after step `done`.
+
+        Processes have clocks of their own, and only the first one writes. So only the first one asks its clock, and
+        nobody has to agree with anybody: the others wait for it at the next exchange of gradients.
+        """
+        if self.every:
+            return self.done % self.every == 0
+        return self.rank == 0 and time.monotonic() - self.time >= SAVE_SECONDS
+
+    def was_saved(self):
+        """Call it when the checkpoint is written: a slow disk gets as long a rest as a fast one."""
+        self.saved, self.time = self.done, time.monotonic()
+
+    def kept(self):
+        """What the folder of the run holds, in words."""
+        if self.saved is None:
+            return "no step was trained yet"
+        return f"the checkpoint of step {self.saved} is kept" if self.rank == 0 else "the last checkpoint is kept"
+
+
+@contextlib.contextmanager
+def explain_trouble(config, processes, progress):
+    """Trouble of the machine ends a run in one sentence that says what is kept and how to go on."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        kind, reason = machine.trouble(error)
+        if kind is None:
+            raise
+        where = f"in step {progress.done + 1} ({reason})"
+        resume = f"python train.py --resume {config.out}"
+        part = (config.micro_batch or config.batch // processes) // 2
+        if kind == "loader":
+            fewer = f"Memory is often the cause: go on with fewer processes, `{resume} --workers {config.workers // 2}`"
+            sentence = f"a loader process ended {where}. {fewer}"
+        elif kind == "compiler":
+            sentence = (f"--compile failed {where}: install a C++ compiler (for a GPU also triton), or go on without it, "
+                        f"`{resume} --no-compile`")
+        elif part:
+            sentence = (f"out of memory {where}: go on in smaller parts, with the same loss and gradient, by "
+                        f"`{resume} --micro-batch {part}`, or start a new run with a smaller --crop")
+        else:
+            sentence = f"out of memory {where}: start a new run with a smaller --crop"
+        raise UserError(f"{sentence}; {progress.kept()}.") from None
+
+
 # ----------------------------------------------------------------------------------------------------------- the loop
 
 
@@ -292,15 +423,21 @@ def train(config, state, rank, processes, device):
     """Train from the checkpoint `state` (None: from step 0) to the last step -> PPAR. Writes last.pt and log.jsonl."""
     start = state["step"] if state else 0
     _, autocast, layout = checkpoint.precision(config.amp, device)
-    stream, module, network, optimizer = set_up(config, state, rank, processes, device, layout)
+    progress = Progress(config, start, rank)
+    with explain_trouble(config, processes, progress):
+        stream, names, module, network, optimizer = set_up(config, state, rank, processes, device, layout)
+    module.withheld = names["withheld"]  # for the evaluation after training
     loader = open_loader(stream, config, start, rank, processes, device)
     began = time.perf_counter()
     bar = tqdm(total=config.steps, initial=start, disable=rank > 0, desc="train", unit="step", dynamic_ncols=True)
-    with bar, machine.catch_signals() as signals:
+    # closing: whatever ends the loop also ends the loader's processes, at once.
+    watched = contextlib.closing(watch_labels(loader, config, start, processes, device))
+    with bar, watched as batches, machine.catch_signals() as signals, explain_trouble(config, processes, progress):
         if state is None:
             # A full disk shows now and not in hour two, and --resume works from the first step on.
-            checkpoint.save(module, optimizer, config, 0, rank)
-        for step, (image, label) in zip(range(start, config.steps), loader):
+            checkpoint.save(module, optimizer, config, 0, rank, names)
+            progress.was_saved()
+        for step, (image, label) in zip(range(start, config.steps), batches):
             image = data.normalise(image.to(device, non_blocking=True)).contiguous(memory_format=layout)
             label = label.to(device, non_blocking=True).long()
             rate = learning_rate(step, config.steps)
@@ -341,8 +478,10 @@ def train(config, state, rank, processes, device):
             stopping = machine.stop_asked(signals, processes, logged, device)
             optimizer.step()
             bar.update()
-            if done % config.save_every == 0 or done == config.steps or stopping:
-                checkpoint.save(module, optimizer, config, done, rank)
+            progress.done = done
+            if progress.save_is_due() or done == config.steps or stopping:
+                checkpoint.save(module, optimizer, config, done, rank, names)
+                progress.was_saved()
             if stopping:
                 machine.wait_for_others(device)  # torchrun kills all when one leaves, and the first may still be writing
                 raise UserError(f"stopped by a signal after step {done}, checkpoint written: go on with "
@@ -350,9 +489,20 @@ def train(config, state, rank, processes, device):
     return module
 
 
+def begin_run(given):
+    """The Config of a new run. A folder that another process trains into, or that holds training, is refused at once."""
+    config = configure(given)
+    if machine.is_first() and os.path.isdir(config.out):
+        checkpoint.own(config.out)
+        checkpoint.check_unused(config.out)
+    return config
+
+
 def continue_run(given):
     """--resume RUN -> (its Config, its checkpoint). Flags that would change the result are refused."""
     folder = given.pop("resume")
+    if machine.is_first() and os.path.exists(os.path.join(folder, "last.pt")):
+        checkpoint.own(folder)  # before it is read: while another process trains, it is about to change
     state = checkpoint.read(folder)
     try:
         own = dict(state["config"])
@@ -362,14 +512,29 @@ def continue_run(given):
         for name, value in given.items():
             require(name in MAY_CHANGE_ON_RESUME or value == own.get(name),
                     f"{typed(name, value)} differs from the run's own {typed(name, own.get(name))}: a resumed run keeps its "
-                    f"flags, only {', '.join('--' + n.replace('_', '-') for n in sorted(MAY_CHANGE_ON_RESUME))} may change; "
-                    f"start a new run with --out.")
+                    f"flags, only {flags(MAY_CHANGE_ON_RESUME)} may change; start a new run with --out.")
+        missing = {f.name for f in dataclasses.fields(Config)} - set(own) - MAY_CHANGE_ON_RESUME
+        require(not missing, f"{folder}/last.pt was written by another version of train.py, without {flags(missing)}: go on with "
+                             f"that version ({folder}/run.json names the commit), or start a new run.")
         config = configure({**own, **given, "out": folder})
-        if not 0 <= state["step"] <= config.steps:
+        if not 0 <= state["step"] <= config.steps or {type(state["pairs"]), type(state["withheld"])} != {dict}:
             raise TypeError
     except TypeError:  # flags of another program, or values of another kind
         raise UserError(f"{folder}/last.pt was not written by this train.py: its flags or its parts are others.") from None
+    if config.clip != own["clip"]:
+        check_same_clip(config, own["clip"])
     return config, state
+
+
+def check_same_clip(config, before):
+    """A CLIP that has moved must be the same file: the figure of the embedding shows it as the state before training."""
+    told = {}
+    with contextlib.suppress(OSError, ValueError):  # no run.json, or none of ours
+        told = json.loads((Path(config.out) / "run.json").read_text(encoding="utf-8"))
+    digest = checkpoint.describe(config)["clip_sha256"]
+    require(digest and digest == told.get("clip_sha256"),
+            f"--clip {config.clip} is not the file that the run began with (--clip {before}): leave --clip away, for the "
+            f"weights of CLIP are in the checkpoint.")
 
 
 def closing_words(config, results):
@@ -387,16 +552,17 @@ def main(given):
     """Train, evaluate every target once, draw the figures. Errors of the user end in one sentence and exit status 1."""
     try:
         with checkpoint.one_sentence(given.get("out", "run folder")):
-            config, state = continue_run(given) if "resume" in given else (configure(given), None)
+            config, state = continue_run(given) if "resume" in given else (begin_run(given), None)
             rank, processes, device = setup_processes(config)
             module = train(config, state, rank, processes, device)
-            run = checkpoint.Run(module.eval(), config, config.steps, Path(config.out))
+            run = checkpoint.Run(module.eval(), config, config.steps, Path(config.out), module.withheld)
             results = evaluate.evaluate_targets(run, rank=rank, processes=processes)
             if rank == 0 and config.figures:
                 figures.draw_figures(run)
             if rank == 0:
                 closing_words(config, results)
     finally:
+        checkpoint.disown()
         machine.end_processes()
 
 

@@ -112,31 +112,36 @@ def kill_and_resume(folder, kills, seed=0, flags=None):
     rng = random.Random(seed)
     flags = [*(flags or FLAGS + write_world(folder)), "--save-every", 1, "--steps", 3 * kills + 4]
     calm, fire, output = folder / "calm", folder / "fire", folder / "output.txt"
-    last, half_written, writing = fire / "last.pt", fire / "last.pt.tmp", 0
+    last, writing = fire / "last.pt", 0
+    leftovers = set()  # what former murders left half written; the next run removes it
+
+    def half_written():
+        return bool(set(fire.glob("last.pt.*.tmp")) - leftovers)
 
     def go_on():
         return fork(["--resume", fire] if last.exists() else [*flags, "--out", fire], output)
 
     assert wait(fork([*flags, "--out", calm], output)) == 0, output.read_text()[-2000:]
     for kill in range(kills):
-        half_written.unlink(missing_ok=True)  # of the murder before
+        leftovers = set(fire.glob("last.pt.*.tmp"))
         process, saves, seen, mark = go_on(), rng.randrange(3), _stamp(last), time.monotonic()
         while process.is_alive() and time.monotonic() - mark < 600:  # let it save a few times, then wait for the moment
             if _stamp(last) != seen:
                 seen, saves = _stamp(last), saves - 1
-            if saves < 0 and (kill % 2 or half_written.exists()):
+            if saves < 0 and (kill % 2 or half_written()):
                 break
             time.sleep(0.0005)
         time.sleep(rng.random() * (0.1 if kill % 2 else 0.004))
         assert process.is_alive(), "it ended before it was killed: " + output.read_text()[-2000:]
         os.kill(process.pid, signal.SIGKILL)
         wait(process)
-        writing += half_written.exists()
+        writing += half_written()
         if last.exists():
             step = torch.load(last, weights_only=True)["step"]  # whole, or this raises
-            print(f"kill {kill + 1}: checkpoint of step {step} whole" + ", a next one half written" * half_written.exists())
+            print(f"kill {kill + 1}: checkpoint of step {step} whole" + ", a next one half written" * half_written())
     assert wait(go_on()) == 0, output.read_text()[-2000:]
     assert same(calm, fire) is None, same(calm, fire)
+    assert not list(fire.glob("*.tmp")), "a run removes what killed ones have left"
     return writing
 
 
