@@ -298,8 +298,17 @@ def refuse_misfit(folder):
         raise UserError(f"{folder}/last.pt does not hold the network that it describes ({' '.join(str(error).split())[:200]}).") from None
 
 
+def load_weights(ppar, state, folder):
+    """The weights of a checkpoint into a PPAR of the same shape, strictly."""
+    with refuse_misfit(folder):
+        ppar.net.load_state_dict(state["model"])
+        ppar.load_state_dict({"otp": state["otp"], "seen": state["seen"]}, strict=False)  # false: net and clip have lines of their own; shapes are checked
+        if ppar.clip is not None:
+            ppar.clip.load_state_dict(state["clip"])
+
+
 def rebuild(state, folder):
-    """The PPAR module of a checkpoint, on the CPU, without CLIP's file: all sizes are in `arch`, all weights in the state."""
+    """The PPAR of a checkpoint, on the CPU, without CLIP's file: all sizes are in `arch`, all weights in the state."""
     import torch
     from model import SegmentationNet
     from ppar import PPAR
@@ -309,11 +318,7 @@ def rebuild(state, folder):
         frozen = clip.encoder.requires_grad_(False) if state["clip"] else None
         numbers = (state["config"][name] for name in ("tau_assign", "beta", "mask_padding"))
         ppar = PPAR(net, otp, frozen, *numbers)
-        ppar.net.load_state_dict(state["model"])
-        # Not strict, because net and clip have lines of their own; shapes are checked all the same.
-        ppar.load_state_dict({"otp": state["otp"], "seen": state["seen"]}, strict=False)
-        if ppar.clip is not None:
-            ppar.clip.load_state_dict(state["clip"])
+    load_weights(ppar, state, folder)
     return ppar
 
 

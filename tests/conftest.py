@@ -215,6 +215,6 @@ def run(tmp_path, net, otp):
                   out="elsewhere", workers=8, steps=7)
     (tmp_path / "run").mkdir()
     state = dict(model=net.state_dict(), clip=small_net(seed=1).encoder.state_dict(), otp=otp, seen=torch.zeros(19, dtype=torch.bool),
-                 arch=net.arch, config=config, step=7, optimizer={})
+                 arch=net.arch, config=config, step=7, optimizer={}, pairs={}, withheld={})
     torch.save(state, tmp_path / "run" / "last.pt")
     return tmp_path / "run", config

@@ -475,7 +475,7 @@ def tiny(monkeypatch, tmp_path):
     """(a Run, five small images of its source, what was read); only reading files is replaced."""
     calls = []
 
-    def list_items(name, root, split, holdout=0, harmful=0.0):
+    def list_items(name, root, split, holdout=0, harmful=0.0, withheld=None):
         if name == "no-val" and split == "val":
             raise data.UserError("no-val has no val split")
         calls.append((name, split, holdout, harmful))
