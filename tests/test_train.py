@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -56,6 +58,7 @@ def leave_no_trace():
     torch.utils.deterministic.fill_uninitialized_memory = True
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    checkpoint.disown()
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +129,12 @@ def stopped(out, at, *flags, steps=8):
 
 
 @pytest.mark.parametrize("flags", ["", "--amp bf16", "--prototypes shuffled --align vtp", "--method erm --micro-batch 3",
-                                   "--save-every 500", "--prototypes source --align otp --no-reweight"],
+                                   "--save-every 0", "--prototypes source --align otp --no-reweight"],
                          ids=["full", "bf16", "wrong names", "erm in parts", "from step 0", "naive"])
 def test_a_run_that_died_goes_on_with_other_workers_to_the_same_bits(flags, world, tmp_path):
     flags = [*world["flags"], "--steps", 4, "--save-every", 2, *flags.split()]
     calm, out = trained(tmp_path / "calm", *flags), stopped(tmp_path / "run", 3, *flags, steps=4)
-    assert read_state(out)["step"] == (0 if "500" in flags else 2)
+    assert read_state(out)["step"] == (0 if flags[-2:] == ["--save-every", "0"] else 2)  # 0: by time, and ten minutes are not over
     assert len(read_log(out)) == 3  # step 3 is on record and not in the checkpoint: it is done again
     with open(out / "log.jsonl", "a") as file:
         file.write('{"step": 4, "lo')  # and a row was being written
@@ -176,6 +179,7 @@ SPOILT = {  # a last.pt that this train.py cannot have written; files that nobod
     "step too large": lambda s: {**s, "step": 999}, "step no number": lambda s: {**s, "step": "four"},
     "prototypes of another CLIP": lambda s: {**s, "otp": torch.zeros(19, 7)},
     "one prototype": lambda s: {**s, "otp": s["otp"][:1]},
+    "no pairs": lambda s: {**s, "pairs": None}, "a pair more": lambda s: {**s, "pairs": {"gta5": [*s["pairs"]["gta5"], "x"]}},
     "optimiser of another network": lambda s: {**s, "optimizer": {"state": {}, "param_groups": []}},
 }
 
@@ -209,14 +213,39 @@ def test_a_flag_that_would_change_the_result_is_refused_on_resume(flag, straight
 
 
 def test_what_changes_no_weight_may_change_on_resume_and_is_checked_as_at_the_start(world, straight, tmp_path):
-    out = stopped(tmp_path / "run", 5, *world["flags"], "--save-every", 4)
-    moved = shutil.copytree(world["root"], tmp_path / "moved")
-    assert "--save-every 0 must be positive" in main("--resume", out, "--save-every", 0)
-    assert main("--resume", out, "--data-root", moved, "--save-every", 3, "--device", "cpu", "--workers", 1,
-                "--lr", 1e-3) is None  # the run's own value is no change
+    clip = shutil.copy(world["flags"][world["flags"].index("--clip") + 1], tmp_path / "clip.pt")
+    out = stopped(tmp_path / "run", 5, *world["flags"], "--save-every", 4, "--clip", clip)
+    moved, elsewhere = shutil.copytree(world["root"], tmp_path / "moved"), shutil.move(clip, tmp_path / "elsewhere.pt")
+    assert "--save-every -1 must be at least 0" in main("--resume", out, "--save-every", -1)
+    assert main("--resume", out, "--data-root", moved, "--save-every", 3, "--device", "cpu", "--workers", 1, "--micro-batch", 0,
+                "--clip", elsewhere, "--no-compile", "--lr", 1e-3) is None  # the run's own value is no change
     state = read_state(out)
     assert state["config"].pop("data_root") == str(moved) and read_log(out) == read_log(straight)
     assert difference(state["model"], read_state(straight)["model"]) is None
+
+
+def test_a_resumed_run_needs_no_file_of_clip_and_takes_no_other(world, straight, tmp_path, monkeypatch):
+    clip = shutil.copy(world["flags"][world["flags"].index("--clip") + 1], tmp_path / "clip.pt")
+    out = stopped(tmp_path / "run", 5, *world["flags"], "--save-every", 4, "--clip", clip)
+    os.unlink(clip)
+    for other in (world["vit"], "RN50", tmp_path / "nothing"):
+        sentence = main("--resume", out, "--clip", other)
+        assert is_one_sentence(sentence) and f"--clip {other} is not the file that the run began with (--clip {clip})" in sentence
+    monkeypatch.setattr(ppar, "build", lambda *a, **k: pytest.fail("CLIP was read"))
+    assert main("--resume", out) is None
+    assert difference(read_log(out), read_log(straight)) is None
+    for part in ("model", "clip", "otp", "optimizer"):  # to the last bit, without CLIP
+        assert difference(read_state(out)[part], read_state(straight)[part], part) is None
+
+
+def test_a_checkpoint_that_lacks_a_flag_that_counts_is_refused_and_one_that_lacks_another_is_not(straight, tmp_path):
+    state = torch.load(straight / "last.pt", weights_only=True)
+    for flag in ("balance", "save_every"):
+        own = {name: value for name, value in state["config"].items() if name != flag}
+        torch.save(state | dict(config=own), tmp_path / "last.pt")
+        sentence = main("--resume", tmp_path)
+        assert (sentence is None) == (flag == "save_every")
+        assert sentence is None or (is_one_sentence(sentence) and "another version of train.py, without --balance" in sentence)
 
 
 def test_a_disk_too_full_for_a_checkpoint_shows_before_the_first_step(world, tmp_path):
@@ -225,7 +254,234 @@ def test_a_disk_too_full_for_a_checkpoint_shows_before_the_first_step(world, tmp
     sentence = main(*world["flags"], "--out", tmp_path / "run")
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert is_one_sentence(sentence) and "could not be written (" in sentence and "File too large" in sentence  # the system's reason
-    assert os.listdir(tmp_path / "run") == ["run.json"]
+    assert sorted(os.listdir(tmp_path / "run")) == [".lock", "run.json"]
+
+
+# ------------------------------------------------------------------------------------------------ one owner, and trouble
+
+
+def children_of(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="finds the loader's process where Linux lists it")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_alive_is_neither_resumed_nor_begun_again_and_a_killed_one_is_free_at_once(processes, world, straight, tmp_path):
+    """Also by torchrun's variables, and while a loader's process outlives its run: that one is stopped, so that it cannot end."""
+    out, flags = tmp_path / "run", [*world["flags"], "--workers", 1, "--save-every", 1]
+    ranks = start_ranks(processes, [*flags, "--out", out], out)
+    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < 2:
+        assert all(rank.is_alive() for rank in ranks), Path(f"{out}.rank0").read_text()
+        time.sleep(0.001)
+    loader = children_of(ranks[0].pid)[0]
+    for pid in (*(rank.pid for rank in ranks), loader):
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        before = {file.name: file.read_bytes() for file in out.iterdir()}
+        for again in (["--resume", out], [*flags, "--out", out], [*flags, "--out", out, "--seed", 1]):
+            sentence = main(*again)
+            assert is_one_sentence(sentence) and f"{out} is being trained by process {ranks[0].pid} on {socket.gethostname()}" in sentence
+        assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+        assert checkpoint.load_run(out).step >= 1  # who only reads may
+        for rank in ranks:
+            os.kill(rank.pid, signal.SIGKILL)
+            wait(rank)
+        os.kill(loader, 0)  # it is there, and has no lock
+        assert main("--resume", out) is None
+    finally:
+        os.kill(loader, signal.SIGKILL)
+    assert same(out, straight) is None if processes == 1 else largest_difference(out, straight) < 1e-4
+    assert not list(out.glob("*.tmp"))
+
+
+def too_large(*args, **more):
+    torch.empty(1 << 50)
+
+
+def too_large_for_a_gpu(*args, **more):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.63 GiB of which")
+
+
+@pytest.mark.parametrize("fail, resume", [(too_large, False), (too_large_for_a_gpu, True)])
+def test_memory_that_ends_in_step_1_is_a_sentence_whose_remedies_work(fail, resume, world, straight, tmp_path):
+    out = tmp_path / "run"
+    with mock.patch.object(ppar, "objective", fail):
+        sentence = main(*world["flags"], "--out", out)
+        assert is_one_sentence(sentence) and "out of memory in step 1 (" in sentence and "ried to allocate" in sentence
+        assert f"`python train.py --resume {out} --micro-batch 2`" in sentence and "--crop" in sentence
+        assert "the checkpoint of step 0 is kept" in sentence
+        again = main("--resume", out, "--micro-batch", 2)
+        assert is_one_sentence(again) and f"`python train.py --resume {out} --micro-batch 1`" in again
+        last = main("--resume", out, "--micro-batch", 1)
+        assert is_one_sentence(last) and "--micro-batch" not in last and "smaller --crop" in last
+    assert main(*(["--resume", out] if resume else [*world["flags"], "--out", out]), "--micro-batch", 2) is None
+    assert read_state(out)["config"]["micro_batch"] == 2
+    assert largest_difference(out, straight) < 1e-4
+
+
+def test_memory_that_ends_while_the_network_is_set_up_says_that_nothing_was_trained(world, tmp_path):
+    with mock.patch.object(train, "make_optimizer", too_large):
+        sentence = main(*world["flags"], "--out", tmp_path / "run")
+    assert is_one_sentence(sentence) and "out of memory in step 1" in sentence and "no step was trained yet" in sentence
+
+
+def test_a_loaders_process_that_dies_is_a_sentence_and_the_run_goes_on_to_the_same_bits(world, straight, tmp_path, monkeypatch):
+    out, rate = tmp_path / "run", train.learning_rate
+
+    def kill_the_loader(step, steps):
+        if step == 3:
+            loader, = multiprocessing.active_children()
+            os.kill(loader.pid, signal.SIGKILL)
+            time.sleep(0.1)
+        return rate(step, steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learning_rate", kill_the_loader)
+        sentence = main(*world["flags"], "--workers", 1, "--save-every", 2, "--out", out)
+    assert is_one_sentence(sentence) and "a loader process ended in step 4 (killed by signal: Killed)" in sentence
+    assert f"`python train.py --resume {out} --workers 0`" in sentence and "the checkpoint of step 2 is kept" in sentence
+    assert main("--resume", out, "--workers", 0) is None
+    assert same(out, straight) is None
+
+
+def test_no_compiler_for_compile_is_a_sentence_and_the_run_goes_on_without(world, straight, tmp_path, monkeypatch):
+    def no_compiler(module):
+        def forward(image):
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable or set triton.knobs.build.impl.")
+        return forward
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    sentence = main(*world["flags"], "--compile", "--out", out)
+    assert is_one_sentence(sentence) and "--compile failed in step 1 (Failed to find C compiler)" in sentence
+    assert f"`python train.py --resume {out} --no-compile`" in sentence
+    assert main("--resume", out, "--no-compile") is None
+    assert read_log(out) == read_log(straight)
+
+
+@LONG
+def test_torch_itself_without_a_compiler_says_what_we_expect(world, tmp_path):
+    done = subprocess.run(command([*world["flags"], "--compile", "--out", tmp_path / "run"]), capture_output=True, text=True, check=False,
+                          env=ALONE | dict(CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")))
+    assert done.returncode == 1 and is_one_sentence("error: " + done.stderr.rsplit("error: ", 1)[-1])
+    assert "--compile failed in step 1 (" in done.stderr and "no-such-compiler" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ pairs and labels
+
+
+def test_a_run_keeps_the_names_of_its_pairs_and_is_scored_on_those_that_it_withheld(world, tmp_path):
+    root, out = shutil.copytree(world["root"], tmp_path / "data"), tmp_path / "run"
+    flags = [*world["flags"], "--data-root", root, "--holdout", 2, "--targets", "gta5", "cityscapes"]
+    stopped(out, 3, *flags, "--save-every", 2)
+    state = checkpoint.read(out)
+    pairs, withheld = state["pairs"]["gta5"], state["withheld"]["gta5"]
+    assert len(pairs) == 3 and len(withheld) == 2 and {*pairs, *withheld} == {f"{i:05d}" for i in range(5)}
+
+    (root / "gta5/images" / f"{withheld[0]}.png").unlink()  # what is not trained on may go: the evaluation will say so
+    (root / "gta5/labels" / f"{withheld[0]}.png").unlink()
+    with pytest.raises(data.UserError, match=f"1 of the 2 pairs .*{withheld[0]}"):
+        evaluate.find_targets(checkpoint.load_run(out))
+    for folder in ("images", "labels"):
+        shutil.copy(world["root"] / f"gta5/{folder}/{withheld[0]}.png", root / f"gta5/{folder}/{withheld[0]}.png")
+
+    more = ("00007", "00008", "00009")  # by a hash of their names, one of these would take the place of a withheld one
+    for name in more:
+        for folder in ("images", "labels"):
+            shutil.copy(root / f"gta5/{folder}/00000.png", root / f"gta5/{folder}/{name}.png")
+    by_hash = [item.name for item in data.list_items("gta5", str(root), "val", 2)]
+    assert sorted(by_hash) != sorted(withheld), "choose other names"
+    assert [item.name for item in evaluate.find_targets(checkpoint.load_run(out))["gta5"]] == withheld
+    log = (out / "log.jsonl").read_bytes()
+    sentence = main("--resume", out)
+    assert is_one_sentence(sentence) and f"gta5 in {root}" in sentence and "3 came (the first is 00007)" in sentence
+    for name in (*more, pairs[1]):
+        (root / f"gta5/images/{name}.png").unlink()
+        (root / f"gta5/labels/{name}.png").unlink()
+    sentence = main("--resume", out)
+    assert is_one_sentence(sentence) and f"1 went (the first is {pairs[1]})" in sentence and "came" not in sentence
+    assert (out / "log.jsonl").read_bytes() == log
+
+    scored = []
+    with mock.patch.object(evaluate, "evaluate_targets", lambda run, **more: scored.append(run) or dict(targets={}, mean=None)):
+        main("--resume", out, "--data-root", world["root"], "--no-figures", scored=True)
+    assert scored[0].withheld == {"gta5": withheld}  # at the end of training too
+
+
+def test_the_pairs_of_a_resumed_run_are_in_the_order_in_which_they_were_trained(tmp_path):
+    items = [data.Item("gta5", f"{name}.png", f"{name}.png", "gta5", name=name) for name in "abc"]
+    config = SimpleNamespace(data_root="D", out="RUN")
+    assert [item.name for item in train.same_pairs(config, "gta5", items, ["b", "c", "a"])] == ["b", "c", "a"]
+    with pytest.raises(data.UserError, match=r"gta5 in D .* RUN was trained on: 1 went \(the first is x\), 2 came \(the first is b\)"):
+        train.same_pairs(config, "gta5", items, ["a", "x"])
+
+
+def make_void(root):
+    for label in (root / "gta5/labels").iterdir():
+        with Image.open(label) as image:
+            void = Image.new("P", image.size, 0)
+            void.putpalette(image.getpalette())
+        void.save(label)
+
+
+@pytest.mark.parametrize("first, done", [(3, 2), (100, 7)])
+def test_labels_without_a_class_end_a_run_before_the_last_of_its_first_hundred_steps(first, done, world, tmp_path, monkeypatch):
+    root, out = shutil.copytree(world["root"], tmp_path / "data"), tmp_path / "run"
+    make_void(root)
+    monkeypatch.setattr(train, "LABELLED_WITHIN", first)
+    monkeypatch.setattr(data, "check_pairs", lambda *a, **k: None)  # it would have said so before step 0
+    sentence = main(*world["flags"], "--data-root", root, "--out", out)
+    assert is_one_sentence(sentence) and f"no pixel of {min(first, 8)} batches has a class" in sentence
+    assert f"`python data.py --check gta5 --data-root {root}`" in sentence
+    assert len(read_log(out)) == done and read_state(out)["step"] == 0
+
+
+@pytest.mark.parametrize("elsewhere", [0.0, 1.0])
+def test_a_process_without_a_labelled_pixel_asks_the_others(elsewhere, monkeypatch):
+    asked, batches = [], [(None, torch.full((1, 2, 2), 255, dtype=torch.uint8))] * 4
+    monkeypatch.setattr(train, "sum_over_processes", lambda x: asked.append(x) or x + elsewhere)
+    monkeypatch.setattr(train, "LABELLED_WITHIN", 3)
+    config = SimpleNamespace(steps=9, source=("gta5",), data_root="D")
+    watched = train.watch_labels(batches, config, 5, 2, CPU)
+    if elsewhere:
+        assert len([*watched]) == 4
+    else:
+        with pytest.raises(data.UserError, match="no pixel of 3 batches"):
+            [*watched]
+    assert len(asked) == 1  # once: each time, the host waits for the device
+    batches[2:] = [(None, torch.zeros(1, 2, 2, dtype=torch.uint8))] * 2
+    assert len([*train.watch_labels(batches, config, 5, 1, CPU)]) == 4 and len(asked) == 1
+
+
+# ------------------------------------------------------------------------------------------------------ saving by time
+
+
+def test_a_checkpoint_is_due_ten_minutes_after_the_last_one_or_every_so_many_steps(monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    by_time, other, by_step = (train.Progress(SimpleNamespace(save_every=every), 0, rank) for every, rank in ((0, 0), (0, 1), (3, 1)))
+    due = []
+    for step in range(1, 31):
+        clock[0] += 59
+        for progress in (by_time, other, by_step):
+            progress.done = step
+            if progress.save_is_due():
+                clock[0] += 300 * (progress is by_time)  # a slow disk
+                progress.was_saved()
+                due.append((step, progress))
+    assert [step for step, progress in due if progress is by_step] == [*range(3, 31, 3)]  # every process at the same step
+    assert [step for step, progress in due if progress is by_time] == [11, 22] and all(progress is not other for _, progress in due)
+    assert train.SAVE_SECONDS == 600 and train.Config().save_every == 0
+    assert (by_time.kept(), other.kept()) == ("the checkpoint of step 22 is kept", "no step was trained yet")
+
+
+@pytest.mark.parametrize("seconds, steps", [(0, [0, 1, 2, 3]), (600, [0, 3])])
+def test_a_run_is_saved_by_time_at_the_beginning_and_at_the_end(seconds, steps, world, tmp_path, monkeypatch):
+    saved, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *args: saved.append(args[3]) or save(*args))
+    monkeypatch.setattr(train, "SAVE_SECONDS", seconds)
+    trained(tmp_path / "run", *world["flags"], "--steps", 3)
+    assert saved == steps
 
 
 # -------------------------------------------------------------- determinism, and any number of workers, processes and parts
@@ -271,11 +527,16 @@ def free_port():
         return s.getsockname()[1]
 
 
-def as_ranks(number, flags, out, **more):
-    """The processes that torchrun starts, with the variables that it sets, forked."""
+def start_ranks(number, flags, out, **more):
+    """The processes that torchrun starts, with the variables that it sets, forked. Rank r writes into the file OUT.rankr."""
     world = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(number))
+    return [fork(flags, f"{out}.rank{r}", world | dict(RANK=str(r), LOCAL_RANK=str(r)), **more) for r in range(number)]
+
+
+def as_ranks(number, flags, out, **more):
+    """Run them to their end."""
+    ranks = start_ranks(number, flags, out, **more)
     outputs = [Path(f"{out}.rank{r}") for r in range(number)]
-    ranks = [fork(flags, output, world | dict(RANK=str(r), LOCAL_RANK=str(r)), **more) for r, output in enumerate(outputs)]
     assert [wait(rank) for rank in ranks] == [0] * number, "".join(output.read_text()[-2000:] for output in outputs)
     return out
 
@@ -361,6 +622,12 @@ def test_several_processes_ask_each_other_for_a_stop_signal_in_every_tenth_step_
     assert asked == [10] and checkpoint.read(tmp_path / "run")["step"] == 10
 
 
+def test_processes_that_see_different_checkpoints_are_refused(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "sum_over_processes", lambda x: x + 4)  # the other one is at step 4
+    with pytest.raises(data.UserError, match="do not see the same checkpoint"):
+        train.train(configured(world, "--out", tmp_path / "run"), None, 0, 2, CPU)
+
+
 def test_a_batch_that_cannot_be_split_is_refused(world, tmp_path):
     with pytest.raises(data.UserError, match="--batch 4 cannot be split over 3 processes"):
         train.train(configured(world, "--out", tmp_path / "run"), None, 0, 3, CPU)
@@ -404,7 +671,7 @@ def test_help_and_an_unknown_flag_are_answered_without_torch(tmp_path):
 BAD_FLAGS = {flags.strip(): flags.strip() for flags in """--crop 0, --steps 0, --batch 0, --micro-batch -1, --workers -1, --lr 0, --lr inf,
     --lr nan, --lr-clip -1, --tau 0, --w-align -1, --w-align 0, --text-weight 2, --harmful 1.5, --ramp 0.6 0.6,
     --ramp 0.5, --ramp 0.0 1.1, --ramp -0.1 1, --align-ramp 0.6 0.6, --judge-text 2, --tau-assign 0, --beta 1.5,
-    --save-every 0, --seed -1, --holdout -1, --balance 2, --freeze -1,
+    --save-every -1, --seed -1, --holdout -1, --balance 2, --freeze -1,
     --device nonsense""".split(",")} | {
     "--crop 100": "--crop 100 must be a multiple of 32", "--holdout 5 --targets gta5": "--holdout 5",
     "--source nowhere": "no data set 'nowhere'", "--targets nowhere": "no data set 'nowhere'", "--clip RN51": "RN50",
@@ -553,7 +820,7 @@ def test_the_presets_are_what_the_documents_say():
     toy, real = vars(train.configure({})), vars(train.configure({"source": ("gta5",)}))
     both = dict(method="ppar", prototypes="text", align="otp-to-vtp", align_ramp=(0.05, 0.3), w_align=1.0, tau=0.07,
                 tau_assign=0.07, beta=0.7, mask_padding=False, ramp=(0.05, 0.3), judge_text=0.5, reweight=True, balance=0.5,
-                text_weight=0.5, freeze=3, batch=8, holdout=0, micro_batch=0, save_every=500, compile=False, figures=True)
+                text_weight=0.5, freeze=3, batch=8, holdout=0, micro_batch=0, save_every=0, compile=False, figures=True)
     assert toy == toy | both | dict(source=("toy-gta5",), clip="toy", stride=8, steps=400, crop=96, lr=3e-3, lr_clip=0.03, amp="fp32",
                                     workers=2, harmful=0.1, out="runs/ppar-toy-gta5-seed0")
     assert real == real | both | dict(targets=("cityscapes", "bdd", "mapillary"), clip="RN50", stride=16, steps=40000,
