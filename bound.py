@@ -178,12 +178,14 @@ def measure_run(run, limit=200):
     """
     config, otp = run.config, run.ppar.otp.cpu().float()
     print(f"Measuring {run.path / 'bound.json'}; targets are read here for analysis only, after training.")
-    domains = {"source": mixture([measure(run, data.list_items(name, config.data_root, "train", config.holdout, config.harmful,
-                                                          run.withheld.get(name)), limit,
-                                          weights=True) for name in config.source])}
+    trained = [
+        data.list_items(name, config.data_root, "train", config.holdout, config.harmful, run.withheld.get(name))
+        for name in config.source]
+    domains = {"source": mixture([measure(run, items, limit, weights=True) for items in trained])}
     try:
-        held_out = [data.list_items(name, config.data_root, "val", config.holdout, withheld=run.withheld.get(name))
-                    for name in config.source]
+        held_out = [
+            data.list_items(name, config.data_root, "val", config.holdout, withheld=run.withheld.get(name))
+            for name in config.source]
         domains["source held out"] = mixture([measure(run, items, limit) for items in held_out])
     except data.UserError as error:
         print(f"no held-out source row: {error}")

@@ -3,16 +3,16 @@
 A run is a folder. A crash, a full disk or a kill at any moment must leave it usable, and a file that this project did
 not write must be refused before any of it runs.
 
-    last.pt       model, clip (frozen, for Eq. 2), otp, arch, config, optimizer, step, and by their names the pairs that
-                  were trained on and the pairs that were withheld                        written whole or not at all
+    last.pt       model, clip (frozen, for Eq. 2), otp, arch, config, optimizer, step; and the names of pairs
+                  that are trained on and that are withheld              written whole or not at all
     run.json      command, flags, versions, commit, machine; one more entry for every resumption
     log.jsonl     one JSON object per logged step; after a resume, only rows up to the checkpoint's step stay
     .lock         the process that trains here holds a lock on this file
 
     save     write beside the file, flush to the disk, rename: whoever looks sees the old file or the new one
     load     compare check sums, unpickle weights alone, rebuild the network from `arch`, load every tensor strictly
-    own      one process trains into a folder. evaluate.py, figures.py and bound.py may read it at any time. They
-             write files of their own, whole, so they need no lock.
+    own      one process trains into a folder. evaluate.py, figures.py and bound.py may read it at any time.
+             They write files of their own, whole, so they need no lock.
 
 Not here: when a run is saved (train.py), results.json (evaluate.py). torch is imported inside the functions, so that
 `--help` answers at once. `python checkpoint.py` prints
@@ -48,7 +48,7 @@ try:
 except ModuleNotFoundError:  # Windows has no locks of this kind: `own` says so and goes on without
     fcntl = None
 
-# A trained PPAR module, its flags as a namespace, its step, its folder, and {source: names of the pairs that it withheld}.
+# A trained PPAR module, its flags as a namespace, its step, its folder, and {source: names of the withheld pairs}.
 # Without the last one, the withheld pairs are those that --holdout chooses on the disk as it is.
 Run = namedtuple("Run", "ppar config step path withheld", defaults=({},))
 FLAGS = set("""source targets data_root mapillary holdout harmful clip tau tau_assign beta mask_padding judge_text
@@ -61,8 +61,8 @@ FLAGS = set("""source targets data_root mapillary holdout harmful clip tau tau_a
 def write_atomically(path, write):
     """write(binary file), so that `path` is at every moment either the old file or the new one, whole.
 
-    The new content goes into a file beside it, whose name no other process has: two writers of one name would mix their
-    bytes. A process that is killed here leaves this file; `own` removes it.
+    The new content goes into a file beside it, whose name no other process has: two writers of one name would
+    mix their bytes. A process that is killed here leaves this file; `own` removes it.
     """
     temporary = f"{path}.{secrets.token_hex(4)}.tmp"
     try:
@@ -73,12 +73,14 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         Path(temporary).unlink(missing_ok=True)
-        chain = [error]  # torch reports a full disk as a position in its own source; the system's reason lies below it
+        # torch reports a full disk as a position in its own source. The system's reason lies below it.
+        chain = [error]
         while chain[-1].__context__ is not None:
             chain.append(chain[-1].__context__)
         reason = next((cause for cause in chain if isinstance(cause, OSError)), error)
-        raise UserError(f"{path} could not be written ({' '.join(str(reason).split())[:200]}): the file before it is untouched; "
-                        f"make room and try again, a training run with --resume {os.path.dirname(path)}.") from None
+        reason = " ".join(str(reason).split())[:200]
+        raise UserError(f"{path} could not be written ({reason}): the file before it is untouched; make room and try "
+                        f"again, a training run with --resume {os.path.dirname(path)}.") from None
 
 
 def write_json(path, content):
@@ -91,17 +93,17 @@ def write_json(path, content):
 
 
 _HELD = {}  # real path of a run folder -> descriptor of its .lock, for the locks that this process holds
-UNUSED_FOR = 3600  # seconds; no process writes longer on one file, so an older temporary file belongs to a dead one
+UNUSED_FOR = 3600  # seconds; nobody writes longer on one file: an older temporary file belongs to a dead process
 
 
 def own(folder):
     """Take the lock of an existing run folder, or raise the UserError that names the process that has it.
 
     Two processes that train into one folder would overwrite each other's checkpoint and log every step twice.
-    The operating system keeps the lock for as long as this process lives. So it also goes after SIGKILL, when no line
-    of ours can run. The file .lock stays, and is no sign of a running process by itself.
-    On a network the lock is as good as its file system: most share locks between machines, some do not. Where there are
-    no locks at all, this says so and goes on.
+    The operating system keeps the lock for as long as this process lives. So it also goes after SIGKILL, when
+    no line of ours can run. The file .lock stays, and is no sign of a running process by itself.
+    On a network the lock is as good as its file system: most share locks between machines, some do not. Where
+    there are no locks at all, this says so and goes on.
     """
     place = os.path.realpath(folder)
     if place in _HELD:
@@ -114,12 +116,14 @@ def own(folder):
     except BlockingIOError:  # another process has it
         owner = os.read(file, 500).decode(errors="replace").strip() or "another process"
         os.close(file)
-        raise UserError(f"{folder} is being trained by {owner}: wait for it, or stop it, or give another --out.") from None
+        raise UserError(f"{folder} is being trained by {owner}: wait for it, or stop it, or give another "
+                        f"--out.") from None
     except OSError as error:
         os.close(file)
         return _warn_without_lock(folder, error.strerror)
     os.ftruncate(file, 0)
-    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)  # for the sentence above
+    who = f"process {os.getpid()} on {socket.gethostname()}\n"
+    os.pwrite(file, who.encode(), 0)  # for the sentence above, when another process comes
     _close_in_children()
     _HELD[place] = file
     _remove_leftovers(folder)
@@ -134,13 +138,17 @@ def disown():
 
 @functools.cache
 def _close_in_children():
-    """Let no child keep a lock. A forked loader process has copies of all descriptors; it may live on when we are killed,
-    and while one copy is open, the lock holds. Programs that are started anew inherit no descriptor of Python's."""
+    """Let no child keep a lock.
+
+    A forked loader process has copies of all descriptors, and while one copy is open, the lock holds. The
+    loader process may live on when we are killed. A program that is started anew inherits no descriptor of ours.
+    """
     os.register_at_fork(after_in_child=disown)
 
 
 def _warn_without_lock(folder, reason):
-    print(f"note: no lock for {folder} ({reason}): see to it that no second process trains into it.", file=sys.stderr)
+    note = f"note: no lock for {folder} ({reason}): see to it that no second process trains into it."
+    print(note, file=sys.stderr)
 
 
 def _check_still_ours(folder):
@@ -151,14 +159,15 @@ def _check_still_ours(folder):
     with contextlib.suppress(OSError):
         if os.path.samestat(os.fstat(file), os.stat(os.path.join(folder, ".lock"))):
             return
-    raise UserError(f"{folder} was removed or renamed while this run trained into it: nothing more is written; start it anew.")
+    raise UserError(f"{folder} was removed or renamed while this run trained into it: nothing more is written; "
+                    f"start the run anew.")
 
 
 def _remove_leftovers(folder):
-    """Remove what processes that were killed had half written; a checkpoint has up to 4 GB. Call it under the lock.
+    """Remove what killed processes have half written; a checkpoint has up to 4 GB. Call it under the lock.
 
-    Of the files that only the owner writes, every temporary is a leftover. Others may be in writing by evaluate.py or
-    figures.py at this moment, so they must be old.
+    Of the files that only the owner writes, every temporary is a leftover. Another one may belong to evaluate.py
+    or figures.py, which write it at this moment. So it must be old.
     """
     for path in Path(folder).iterdir():
         match = re.fullmatch(r"(.+)\.[0-9a-f]{8}\.tmp", path.name)
@@ -171,7 +180,7 @@ def _remove_leftovers(folder):
 def check_unused(folder):
     """Refuse a run folder that holds training. One with step 0 alone holds none, and may be used again.
 
-    So the remedy for a first step that does not fit into memory works: the same command with a smaller --micro-batch.
+    So the remedy for a first step that does not fit into memory works: the same command with --micro-batch.
     """
     file = Path(folder) / "last.pt"
     if not file.exists():
@@ -179,14 +188,15 @@ def check_unused(folder):
     step = None
     with contextlib.suppress(Exception):  # whatever it is, it is not ours to overwrite
         import torch
-        step = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["step"]  # mmap: reads no weight
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # mmap: reads no weight
+        step = state["step"]
     trained = f"trained to step {step}" if isinstance(step, int) else "with a last.pt that cannot be read"
-    require(step == 0, f"--out {folder} holds another run, {trained}: give another --out, or go on with that one by "
-                       f"--resume {folder}.")
+    require(step == 0, f"--out {folder} holds another run, {trained}: give another --out, or go on with that "
+                       f"one by --resume {folder}.")
 
 
 def open_folder(config, step=None):
-    """Make the folder of a new run and its run.json; refuse one that another process trains into, or that holds training.
+    """Make the folder of a new run and its run.json; refuse one that has an owner, or that holds training.
 
     With the step of a resumption, tell run.json of it, and drop the log rows of steps that will be done again.
     """
@@ -196,7 +206,7 @@ def open_folder(config, step=None):
         folder.mkdir(parents=True, exist_ok=True)
         own(folder)
         check_unused(folder)
-        (folder / "last.pt").unlink(missing_ok=True)  # of step 0: from now on, --resume must not find the former flags
+        (folder / "last.pt").unlink(missing_ok=True)  # of step 0: --resume must not find the former flags
         log.unlink(missing_ok=True)
         return write_json(told, now)
     own(folder)
@@ -250,7 +260,7 @@ NAMES = dict(pairs={}, withheld={})  # of a run that was not told which pairs it
 
 
 def save(ppar, optimizer, config, step, rank=0, names=NAMES):
-    """Write last.pt, in the first process alone. Weights that are not finite are refused: the file is always one to go on with.
+    """Write last.pt, in the first process alone. Refuse weights that are not finite: every last.pt is one to go on with.
 
     names   dict(pairs={source: [Item.name, in the order of the list]}, withheld={source: [Item.name]})
     """
@@ -279,7 +289,8 @@ def read(folder):
             if archive.testzip():
                 raise zipfile.BadZipFile
         state = torch.load(file, map_location="cpu", weights_only=True)
-        missing = {"model", "clip", "otp", "seen", "arch", "config", "optimizer", "step", "pairs", "withheld"} - set(state)
+        parts = {"model", "clip", "otp", "seen", "arch", "config", "optimizer", "step", "pairs", "withheld"}
+        missing = parts - set(state)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file} does not exist: give the run folder that train.py wrote (--out).") from None
     except Exception as error:
@@ -302,13 +313,14 @@ def load_weights(ppar, state, folder):
     """The weights of a checkpoint into a PPAR of the same shape, strictly."""
     with refuse_misfit(folder):
         ppar.net.load_state_dict(state["model"])
-        ppar.load_state_dict({"otp": state["otp"], "seen": state["seen"]}, strict=False)  # false: net and clip have lines of their own; shapes are checked
+        # False: net and clip have lines of their own. Shapes are compared all the same.
+        ppar.load_state_dict({"otp": state["otp"], "seen": state["seen"]}, strict=False)
         if ppar.clip is not None:
             ppar.clip.load_state_dict(state["clip"])
 
 
 def rebuild(state, folder):
-    """The PPAR of a checkpoint, on the CPU, without CLIP's file: all sizes are in `arch`, all weights in the state."""
+    """The PPAR of a checkpoint, on the CPU, without CLIP's file: sizes are in `arch`, weights in the state."""
     import torch
     from model import SegmentationNet
     from ppar import PPAR

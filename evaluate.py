@@ -319,7 +319,8 @@ def find_targets(run):
         holdout = getattr(config, "holdout_unseen", 0) or config.holdout
         if name in config.source:  # of a source, only what its training left out may be scored
             holdout = config.holdout
-        targets[name] = data.list_items(name, config.data_root, "val", holdout, withheld=run.withheld.get(name))
+        withheld = run.withheld.get(name)  # the names, for the files may have changed since
+        targets[name] = data.list_items(name, config.data_root, "val", holdout, withheld=withheld)
     return targets
 
 

@@ -191,7 +191,8 @@ def _draw_embedding(run, targets, path):
         return
     before = ppar.PPAR(net, otp, run.ppar.clip, config.tau_assign, config.beta).to(otp.device).eval()
     modules = {"before (CLIP)": before, "after training": run.ppar}
-    own = [data.list_items(name, config.data_root, "train", config.holdout, withheld=run.withheld.get(name)) for name in config.source]
+    own = [data.list_items(name, config.data_root, "train", config.holdout, withheld=run.withheld.get(name))
+           for name in config.source]
     unseen = [items for name, items in targets.items() if name not in config.source]
     groups = {group: [data.load_pair(item, config.mapillary) for items in lists for item in data.evenly(items, number)]
               for group, lists, number in (("source", own, 12), ("targets", unseen, 4)) if lists}

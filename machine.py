@@ -79,7 +79,7 @@ def setup_processes(config):
 
 
 def is_first():
-    """Whether this is the first process of all: so says torchrun's variable, before the group of processes exists."""
+    """Whether this is the first process of all. torchrun's variable says so before there is a group of processes."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -223,20 +223,22 @@ def stop_asked(signals, processes, together, device):
 
 
 def trouble(error):
-    """What of the machine an exception stands for -> ("memory", "loader", "compiler" or None, its reason in one line).
+    """What went wrong with the machine -> ("memory", "loader", "compiler" or None, the reason in one line).
 
-    torch has few exceptions of its own for this, so their texts are read. Neither data nor code are at fault in these.
+    torch has few exceptions of its own for this, so their texts are read. None: it is another kind of error.
     """
     text = " ".join(str(error).split())
     tried = re.search(r"[Tt]ried to allocate [\d.]+ \w+", text)
     reason = tried[0] if tried else text.split(". ")[0][:200] or type(error).__name__
     words = r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory|_ALLOC_FAILED"
-    memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or re.search(words, text)
+    kinds = {"MemoryError", "OutOfMemoryError"}  # the second is torch's
+    memory = kinds & {kind.__name__ for kind in type(error).__mro__} or re.search(words, text)
     if died := re.search(r"DataLoader worker .*?(killed by signal: [\w ]+\w|exited unexpectedly)", text):
         return "loader", died[1]
     if memory:
         return ("loader", "out of memory") if "in DataLoader worker process" in text else ("memory", reason)
-    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo", "triton")) or re.search(r"C(\+\+)? compiler", text):
+    compilers = ("torch._inductor", "torch._dynamo", "triton")
+    if type(error).__module__.startswith(compilers) or re.search(r"C(\+\+)? compiler", text):
         return "compiler", reason
     return None, reason
 

@@ -33,9 +33,10 @@ SHARE = ("in [0, 1]", lambda x: 0 <= x <= 1)
 RAMP = ("two fractions of the run, at least 0, rising, at most 1", lambda x: len(x) == 2 and 0 <= x[0] < x[1] <= 1)
 
 
-# What may differ between a run and its continuation. None changes a number, beyond rounding. (CLIP's weights are in the
-# checkpoint; its file is read for a figure alone, and must be the same one.)
-MAY_CHANGE_ON_RESUME = {"device", "workers", "save_every", "data_root", "figures", "micro_batch", "compile", "clip"}
+# What may differ between a run and its continuation. None changes a number, beyond rounding. (CLIP's weights are
+# in the checkpoint. Its file is read for a figure alone, and must be the same one.)
+MAY_CHANGE_ON_RESUME = {
+    "device", "workers", "save_every", "data_root", "figures", "micro_batch", "compile", "clip"}
 
 
 def flags(names):
@@ -87,7 +88,8 @@ class Config:
     seed: int = option(0, "of initial weights, data order and augmentation", AT_LEAST_0)
     # the machine
     out: str = option(None, "run folder; default runs/METHOD-SOURCES-seedN")
-    resume: str = option(None, f"run folder to go on with; its own flags are used, of which {flags(MAY_CHANGE_ON_RESUME)} may change")
+    resume: str = option(None, "run folder to go on with; its own flags are used, of which "
+                               f"{flags(MAY_CHANGE_ON_RESUME)} may change")
     device: str = option(None, "cpu, cuda, cuda:1, ...; default: cuda where there is one")
     amp: str = option(None, "bf16 autocast, or auto: where the processor has it", choices=("auto", "bf16", "fp32"))
     compile: bool = option(False, "torch.compile the network")
@@ -108,7 +110,7 @@ PRESETS = {
 # What --method erm switches off. All else stays, at the same seed to the bit: data, initial weights, optimiser.
 ERM = dict(align="none", reweight=False, text_weight=0.0)
 LOG_EVERY = 10  # steps between rows of log.jsonl
-SAVE_SECONDS = 600  # between checkpoints: at most ten minutes are lost, and writing even 4 GB takes little of them
+SAVE_SECONDS = 600  # between checkpoints: a crash costs ten minutes at most, and writing 4 GB takes few of them
 LABELLED_WITHIN = 100  # batches of which at least one pixel must have a class
 
 
@@ -172,18 +174,19 @@ from machine import setup_processes, sum_over_processes  # noqa: E402
 
 
 def open_data(config, state):
-    """(the endless stream of training samples, the names of its pairs and of the withheld ones, as checkpoint.save keeps them).
+    """The endless stream of training samples, and the names of pairs as checkpoint.save keeps them.
 
     Of the targets, only the names of the files are looked at.
     """
     sources, withheld = [], {}
     for name in config.source:
         withheld[name] = state["withheld"].get(name) if state else withheld_names(config, name)
-        items = data.list_items(name, config.data_root, "train", config.holdout, config.harmful, withheld[name])
+        items = data.list_items(
+            name, config.data_root, "train", config.holdout, config.harmful, withheld[name])
         if state:
             items = same_pairs(config, name, items, state["pairs"].get(name, []))
         else:
-            data.check_pairs(items, mapillary=config.mapillary)  # what is wrong with the files is found before step 0
+            data.check_pairs(items, mapillary=config.mapillary)  # broken files are found before step 0
         sources.append(items)
     for name in config.targets:
         data.list_items(name, config.data_root, "val", config.holdout, withheld=withheld.get(name))
@@ -194,27 +197,30 @@ def open_data(config, state):
 
 
 def withheld_names(config, name):
-    """Names of the pairs of a source that --holdout keeps out of training. None of a source with a validation split."""
+    """Names of the pairs of a source that --holdout keeps out of training; [] if it has a val split."""
     if not config.holdout:
         return []
     every = data.list_items(name, config.data_root, "train", 0, config.harmful)
-    trained = {item.name for item in data.list_items(name, config.data_root, "train", config.holdout, config.harmful)}
+    trained = data.list_items(name, config.data_root, "train", config.holdout, config.harmful)
+    trained = {item.name for item in trained}
     return [item.name for item in every if item.name not in trained]
 
 
 def same_pairs(config, name, items, trained):
     """The items, in the order of the names that the run was trained on. Refuses a list with other names.
 
-    Sample n is a place in this list. With one pair more or fewer, a resumed run would go on with other samples, and an
-    interruption would change what is learnt. Folders may have moved: names do not contain them.
+    Sample n is a place in this list. With one pair more or fewer, a resumed run would go on with other samples,
+    and an interruption would change what is learnt. Folders may have moved: names do not contain them.
     """
     here = {item.name: item for item in items}
     gone = [pair for pair in trained if pair not in here]
     new = sorted(set(here) - set(trained))
-    changes = [f"{len(names)} {verb} (the first is {names[0]})" for names, verb in ((gone, "went"), (new, "came")) if names]
-    require(not changes, f"{name} in {config.data_root} is not the list of pairs that {config.out} was trained on: "
-                         f"{', '.join(changes)}; a resumed run needs the same pairs, so put the list back as it was, or "
-                         f"start a new run with another --out.")
+    changes = [f"{len(names)} {verb} (the first is {names[0]})"
+               for names, verb in ((gone, "went"), (new, "came")) if names]
+    require(not changes,
+            f"{name} in {config.data_root} is not the list of pairs that {config.out} was trained on: "
+            f"{', '.join(changes)}; a resumed run needs the same pairs, so put the files back as they were, or "
+            f"start a new run with another --out.")
     return [here[pair] for pair in trained]
 
 
@@ -235,7 +241,7 @@ def open_loader(stream, config, start, rank, processes, device):
 def watch_labels(batches, config, start, processes, device):
     """Hand on the batches from step `start` on; end the run when no pixel of its first hundred has a class.
 
-    Labels of a wrong kind may all be void. The loss is then 0 in every step, which looks like a run that goes well.
+    Labels of a wrong kind may all be void. The loss is then 0 in every step, which looks like a good run.
     The labels are looked at on the host, before they go to the device. So no step waits for this.
     """
     last = min(start + LABELLED_WITHIN, config.steps) - 1
@@ -246,9 +252,10 @@ def watch_labels(batches, config, start, processes, device):
             anywhere = labelled
             if processes > 1:  # each process sees its share of a batch
                 anywhere = sum_over_processes(torch.tensor(float(labelled), device=device)).item() > 0
-            require(anywhere, f"no pixel of {last + 1 - start} batches has a class, so there is nothing to learn from: are these the "
-                              f"official labels? `python data.py --check {' '.join(config.source)} --data-root "
-                              f"{config.data_root}` says what is in them.")
+            require(anywhere,
+                    f"no pixel of {last + 1 - start} batches has a class, so there is nothing to learn from: are "
+                    f"these the official labels? `python data.py --check {' '.join(config.source)} --data-root "
+                    f"{config.data_root}` says what is in them.")
         yield image, label
 
 
@@ -306,7 +313,7 @@ def schedule(config, step):
 
 
 def set_up(config, state, rank, processes, device, layout):
-    """All that the loop needs -> (stream, names, module, network, optimizer), from the checkpoint `state` or from step 0.
+    """All that the loop needs -> (stream, names, module, network, optimizer), as in the checkpoint or at step 0.
 
     names are those of the pairs, for the checkpoint.
     module is our PPAR. network is what the loop calls: the module itself, or the module compiled, or the module within
@@ -316,7 +323,8 @@ def set_up(config, state, rank, processes, device, layout):
     if processes > 1:  # on several machines, one may see an older file than the others
         start = state["step"] if state else 0
         steps = sum_over_processes(torch.tensor(start, device=device)).item()
-        require(steps == start * processes, f"the processes do not see the same checkpoint in {config.out}: start them again.")
+        require(steps == start * processes,
+                f"the processes do not see the same checkpoint in {config.out}: start them again.")
     stream, names = open_data(config, state)
     module = open_network(config, state, rank, device, layout)
     if rank == 0:
@@ -372,8 +380,8 @@ class Progress:
     def save_is_due(self):
         """Whether a checkpoint is due after step `done`.
 
-        Processes have clocks of their own, and only the first one writes. So only the first one asks its clock, and
-        nobody has to agree with anybody: the others wait for it at the next exchange of gradients.
+        Processes have clocks of their own, and only the first one writes. So only the first one asks its clock.
+        No agreement is needed, because the others wait for it at the next exchange of gradients.
         """
         if self.every:
             return self.done % self.every == 0
@@ -387,7 +395,9 @@ class Progress:
         """What the folder of the run holds, in words."""
         if self.saved is None:
             return "no step was trained yet"
-        return f"the checkpoint of step {self.saved} is kept" if self.rank == 0 else "the last checkpoint is kept"
+        if self.rank > 0:
+            return "the last checkpoint is kept"
+        return f"the checkpoint of step {self.saved} is kept"
 
 
 @contextlib.contextmanager
@@ -403,11 +413,11 @@ def explain_trouble(config, processes, progress):
         resume = f"python train.py --resume {config.out}"
         part = (config.micro_batch or config.batch // processes) // 2
         if kind == "loader":
-            fewer = f"Memory is often the cause: go on with fewer processes, `{resume} --workers {config.workers // 2}`"
-            sentence = f"a loader process ended {where}. {fewer}"
+            sentence = (f"a loader process ended {where}, often for lack of memory: go on with fewer, "
+                        f"`{resume} --workers {config.workers // 2}`")
         elif kind == "compiler":
-            sentence = (f"--compile failed {where}: install a C++ compiler (for a GPU also triton), or go on without it, "
-                        f"`{resume} --no-compile`")
+            sentence = (f"--compile failed {where}: install a C++ compiler (for a GPU also triton), or go on "
+                        f"without it, `{resume} --no-compile`")
         elif part:
             sentence = (f"out of memory {where}: go on in smaller parts, with the same loss and gradient, by "
                         f"`{resume} --micro-batch {part}`, or start a new run with a smaller --crop")
@@ -432,7 +442,8 @@ def train(config, state, rank, processes, device):
     bar = tqdm(total=config.steps, initial=start, disable=rank > 0, desc="train", unit="step", dynamic_ncols=True)
     # closing: whatever ends the loop also ends the loader's processes, at once.
     watched = contextlib.closing(watch_labels(loader, config, start, processes, device))
-    with bar, watched as batches, machine.catch_signals() as signals, explain_trouble(config, processes, progress):
+    explained = explain_trouble(config, processes, progress)
+    with bar, watched as batches, machine.catch_signals() as signals, explained:
         if state is None:
             # A full disk shows now and not in hour two, and --resume works from the first step on.
             checkpoint.save(module, optimizer, config, 0, rank, names)
@@ -490,7 +501,7 @@ def train(config, state, rank, processes, device):
 
 
 def begin_run(given):
-    """The Config of a new run. A folder that another process trains into, or that holds training, is refused at once."""
+    """The Config of a new run. A folder that has an owner, or that holds training, is refused at once."""
     config = configure(given)
     if machine.is_first() and os.path.isdir(config.out):
         checkpoint.own(config.out)
@@ -514,10 +525,13 @@ def continue_run(given):
                     f"{typed(name, value)} differs from the run's own {typed(name, own.get(name))}: a resumed run keeps its "
                     f"flags, only {flags(MAY_CHANGE_ON_RESUME)} may change; start a new run with --out.")
         missing = {f.name for f in dataclasses.fields(Config)} - set(own) - MAY_CHANGE_ON_RESUME
-        require(not missing, f"{folder}/last.pt was written by another version of train.py, without {flags(missing)}: go on with "
-                             f"that version ({folder}/run.json names the commit), or start a new run.")
+        require(not missing,
+                f"{folder}/last.pt was written by another version of train.py, without {flags(missing)}: go on "
+                f"with that version ({folder}/run.json names the commit), or start a new run.")
         config = configure({**own, **given, "out": folder})
-        if not 0 <= state["step"] <= config.steps or {type(state["pairs"]), type(state["withheld"])} != {dict}:
+        if not 0 <= state["step"] <= config.steps:
+            raise TypeError
+        if not isinstance(state["pairs"], dict) or not isinstance(state["withheld"], dict):
             raise TypeError
     except TypeError:  # flags of another program, or values of another kind
         raise UserError(f"{folder}/last.pt was not written by this train.py: its flags or its parts are others.") from None
@@ -527,14 +541,14 @@ def continue_run(given):
 
 
 def check_same_clip(config, before):
-    """A CLIP that has moved must be the same file: the figure of the embedding shows it as the state before training."""
+    """A CLIP that has moved must be the same file, because the figure of the embedding reads it once more."""
     told = {}
     with contextlib.suppress(OSError, ValueError):  # no run.json, or none of ours
         told = json.loads((Path(config.out) / "run.json").read_text(encoding="utf-8"))
     digest = checkpoint.describe(config)["clip_sha256"]
     require(digest and digest == told.get("clip_sha256"),
-            f"--clip {config.clip} is not the file that the run began with (--clip {before}): leave --clip away, for the "
-            f"weights of CLIP are in the checkpoint.")
+            f"--clip {config.clip} is not the file that the run began with (--clip {before}): leave --clip "
+            f"away, because the weights of CLIP are in the checkpoint.")
 
 
 def closing_words(config, results):

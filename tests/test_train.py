@@ -360,7 +360,7 @@ def test_no_compiler_for_compile_is_a_sentence_and_the_run_goes_on_without(world
 
 
 @LONG
-def test_torch_itself_without_a_compiler_says_what_we_expect(world, tmp_path):
+def test_what_cannot_be_compiled_for_lack_of_a_compiler_is_a_sentence_in_torchs_own_words(world, tmp_path):
     done = subprocess.run(command([*world["flags"], "--compile", "--out", tmp_path / "run"]), capture_output=True, text=True, check=False,
                           env=ALONE | dict(CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")))
     assert done.returncode == 1 and is_one_sentence("error: " + done.stderr.rsplit("error: ", 1)[-1])
