@@ -96,8 +96,8 @@ def reserved(device):
 
 def forget(device):
     """Give back what the allocator keeps, and reset its statistics: what was measured before does not count."""
-    gc.collect()  # a network may lie in a cycle of references, and would be counted until Python looks for cycles
     if device.type == "cuda":
+        gc.collect()  # a network may lie in a cycle of references, and would be counted until Python looks for cycles
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 

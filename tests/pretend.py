@@ -2,15 +2,15 @@
 
 A GPU works on its own, and Python runs ahead of it. Two mistakes cost a day on a machine with a GPU:
 
-    a mix of devices      an operation gets one tensor of the GPU and one of the host: an error, hours after the tests passed
-    a synchronisation     an operation brings a value of the GPU to the host, as `.item()` does: Python waits until the GPU
-                          has done all of its work, and then the GPU waits for Python
+    a mix of devices      an operation gets one tensor on the GPU and one on the host. On a GPU this is an error.
+    a synchronisation     an operation brings a value from the GPU to the host, as `.item()` does. Python waits until
+                          the GPU has done all of its work. Then the GPU waits for Python.
 
-torch has a device without any numbers: "meta". A tensor on it has a shape and a type, and no memory. So it can stand for a
-GPU: the real loop of train.py runs on it, and a spy looks at the arguments of each operation, forward and backward.
+torch has a device without any numbers, "meta". A tensor on it has a shape and a type, and no memory. So it can stand
+for a GPU. The real loop of train.py runs on it, and a spy looks at each operation, forward and backward.
 
-What this cannot see: kernels of CUDA, autocast to bfloat16 (meta has none), pinned memory, the fused optimiser, NCCL.
-tests/gpu.py checks these where there is a GPU.
+What this cannot see: kernels of CUDA, autocast to bfloat16 (meta has none), pinned memory, the fused optimiser (it is
+left out), NCCL, and a list as an index, `x[[0, 1]]`. tests/gpu.py checks these where there is a GPU.
 """
 
 import contextlib
@@ -30,27 +30,40 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import bench
 import checkpoint
 import data
+import machine
 import ppar
 import train
 
 DEVICE = torch.device("meta")
-# Operations whose result has a size, or is a number, that only the values decide: the host must wait for them.
-WAITING = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2", "unique_dim",
-           "unique_consecutive", "bincount", "repeat_interleave"}
+# Operations whose result is a number, or has a size that depends on the values. The host must wait for them.
+WAITING = {
+    "_local_scalar_dense",
+    "is_nonzero",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "bincount",
+    "repeat_interleave",
+}
 
 
 class Spy(TorchDispatchMode):
-    """Counts in `found` what must not be: {(phase, "sync NAME" or "mix NAME"): times}. The phase is the caller's to set.
+    """Counts in `found`: {(phase, "sync NAME" or "mix NAME"): times}. The caller sets the phase.
 
-    Every operation of torch passes here, those of autograd's backward as well. Where a number of the pretended device is
-    asked for, the answer is 1, since there are no numbers (0 for an integer). So the loop goes on, and its checks hold.
+    Every operation of torch passes here, those of autograd's backward as well. The pretended device has no numbers. Who
+    asks for one gets 1, or 0 for an integer: so the loop goes on, and its checks for finite values hold.
     """
 
     def __init__(self):
         super().__init__()
         self.phase = "before the first step"
         self.found = Counter()
-        self.seen = Counter()  # operations on the pretended device in each phase: 0 would mean that nothing was looked at
+        self.seen = (
+            Counter()
+        )  # operations on the pretended device in each phase: 0 would mean that nothing was looked at
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -66,19 +79,21 @@ class Spy(TorchDispatchMode):
         # x[mask] is a `nonzero` of the mask on a GPU, and has as many rows as the mask has ones.
         masked = name.startswith("index") and any(x.dtype == torch.bool for x in tensors[1:])
         if name in WAITING or masked:
-            self._note(f"sync {name}")
+            self.note(f"sync {name}")
             return _answer(name, function, args, kwargs)
         if len(devices) > 1:
-            # torch allows a single number of the host in sums and products. This project has none, so each one counts.
-            self._note(f"mix {name}")
-            args, kwargs = tree_map_only(torch.Tensor, lambda x: x.to(DEVICE, non_blocking=True), (args, kwargs))
+            # torch allows a single number on the host in sums and products. This project has none: each one counts.
+            self.note(f"mix {name}")
+            args, kwargs = tree_map_only(
+                torch.Tensor, lambda x: x.to(DEVICE, non_blocking=True), (args, kwargs)
+            )
         return function(*args, **kwargs)
 
-    def _note(self, what):
+    def note(self, what):
         self.found[self.phase, what] += 1
 
     def _copy(self, name, function, args, kwargs):
-        """A copy between host and device. One to the device may go on by itself, if it is told so (`non_blocking`)."""
+        """A copy between host and device. To the device, it goes on by itself if it is told so (`non_blocking`)."""
         source = args[1] if name == "copy_" else args[0]
         to = args[0].device if name == "copy_" else torch.device(kwargs["device"])
         if source.device.type == to.type:
@@ -86,9 +101,11 @@ class Spy(TorchDispatchMode):
         self.seen[self.phase] += 1
         by_itself = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
         if to.type != DEVICE.type:
-            self._note("sync copy to the host")  # with non_blocking, too: the host would read what is not there yet
+            self.note(
+                "sync copy to the host"
+            )  # with non_blocking, too: the host would read what is not there yet
         elif not by_itself:
-            self._note("sync copy to the device")
+            self.note("sync copy to the device")
         if to.type == DEVICE.type:
             return function(*args, **kwargs)
         ones = torch.ones(source.shape, dtype=kwargs.get("dtype") or source.dtype)
@@ -99,12 +116,16 @@ def _answer(name, function, args, kwargs):
     """What the operation gives for tensors of ones on the host; a tensor goes back to the pretended device."""
     if name == "_local_scalar_dense" and args[0].dtype == torch.int64:
         return 0  # the loop asks how many signals came: none
-    args, kwargs = tree_map_only(torch.Tensor, lambda x: torch.ones(x.shape, dtype=x.dtype), (args, kwargs))
-    return tree_map_only(torch.Tensor, lambda x: x.to(DEVICE, non_blocking=True), function(*args, **kwargs))
+    args, kwargs = tree_map_only(
+        torch.Tensor, lambda x: torch.ones(x.shape, dtype=x.dtype), (args, kwargs)
+    )
+    return tree_map_only(
+        torch.Tensor, lambda x: x.to(DEVICE, non_blocking=True), function(*args, **kwargs)
+    )
 
 
 class Constants(TorchFunctionMode):
-    """Tells the spy of `torch.tensor([1.0], device=...)`: on a GPU, a copy that the host waits for; here torch makes none."""
+    """Tells the spy of `torch.tensor([1.0], device=...)`. On a GPU this is a copy; on "meta" torch makes none."""
 
     def __init__(self, spy):
         super().__init__()
@@ -112,9 +133,12 @@ class Constants(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if getattr(function, "__name__", "") in ("tensor", "as_tensor", "new_tensor") and result.device.type == DEVICE.type:
-            if not (args and isinstance(args[0], torch.Tensor) and function.__name__ == "as_tensor"):
-                self.spy._note(f"sync {function.__name__}")
+        name = getattr(function, "__name__", "")
+        made = name in ("tensor", "as_tensor", "new_tensor") and result.device.type == DEVICE.type
+        if made and not (
+            name == "as_tensor" and isinstance(args[0], torch.Tensor)
+        ):  # that one makes nothing
+            self.spy.note(f"sync {name}")
         return result
 
 
@@ -125,15 +149,32 @@ class Samples:
         self.sources, self.crop = sources, crop
 
     def __getitem__(self, number):
-        return (torch.zeros(3, self.crop, self.crop, dtype=torch.uint8),
-                torch.zeros(self.crop, self.crop, dtype=torch.uint8))
+        return (
+            torch.zeros(3, self.crop, self.crop, dtype=torch.uint8),
+            torch.zeros(self.crop, self.crop, dtype=torch.uint8),
+        )
 
 
 def rehearse(tower, folder, **flags):
-    """train.train on the pretended device, with random weights of a tower of bench.py -> the Spy. Its phases are the steps,
-    0 to 2. The first step and the last, which is logged, may synchronise; the one between them may not."""
+    """train.train on the pretended device for three steps -> the Spy, whose phases are the steps 0, 1, 2.
+
+    tower   a name of bench.TOWERS; its weights are random
+    flags   of train.py, as fields of Config
+    The first step and the last, which is logged, may synchronise. The one between them may not.
+    """
     spy = Spy()
-    preset = dict(source=("toy-gta5",), targets=(), clip=tower, stride=16, steps=3, batch=4, crop=64, workers=0, ramp=(0, 1))
+    preset = dict(
+        source=("toy-gta5",),
+        targets=(),
+        clip=tower,
+        stride=16,
+        steps=3,
+        batch=4,
+        crop=64,
+        workers=0,
+        ramp=(0, 1),
+        amp="fp32",
+    )
     config = train.configure(preset | dict(out=str(folder), figures=False) | flags)
     rate, adam, cast = train.learning_rate, torch.optim.AdamW, torch.autocast
 
@@ -147,12 +188,23 @@ def rehearse(tower, folder, **flags):
     def autocast(kind, *args, **kwargs):  # nor one that could be switched off
         return contextlib.nullcontext() if kind == DEVICE.type else cast(kind, *args, **kwargs)
 
-    def optimiser(groups, **more):  # torch has no fused one for this device
-        return adam(groups, **more | dict(fused=False, foreach=True))
+    def optimiser(
+        groups, **more
+    ):  # torch has no fused one for this device; any other one says nothing of it
+        optimizer = adam(groups, **more | dict(fused=False))
+        optimizer.step = lambda: None
+        return optimizer
 
-    replaced = [(ppar, "build", lambda config: (bench.random_ppar(tower, config), "random weights")),
-                (data, "TrainingStream", Samples), (checkpoint, "precision", precision), (torch, "autocast", autocast),
-                (torch.optim, "AdamW", optimiser),                (checkpoint, "save", lambda *args, **kwargs: None), (train, "learning_rate", begin)]
+    replaced = [
+        (ppar, "build", lambda config: (bench.random_ppar(tower, config), "random weights")),
+        (data, "TrainingStream", Samples),
+        (checkpoint, "precision", precision),
+        (machine, "precision", precision),
+        (torch, "autocast", autocast),
+        (torch.optim, "AdamW", optimiser),
+        (checkpoint, "save", lambda *args, **kwargs: None),
+        (train, "learning_rate", begin),
+    ]
     with contextlib.ExitStack() as stack:
         for where, name, new in replaced:
             stack.enter_context(mock.patch.object(where, name, new))
