@@ -4,7 +4,8 @@
     python tests/gpu.py --parts step compile         some parts; gpu.json keeps the others
     python tests/gpu.py --device cpu                 the same functions in miniature, without a GPU
 
-No data and no network is needed. Images are noise or drawn. Weights are random, of the shapes of OpenAI's CLIPs.
+No data and no network is needed. Images are noise or drawn. Weights are random,
+of the shapes of OpenAI's CLIPs.
 
 A GPU is lent for minutes, so nothing that was measured may be lost:
 
@@ -14,9 +15,9 @@ A GPU is lent for minutes, so nothing that was measured may be lost:
     --budget        seconds for all. A part that does not fit is cut, and so is one that runs over
     the order       first the checks, then the tables that the README needs, then the rest
 
-Exit status 1 if a check or a table failed, or was stopped. Each check raises AssertionError, or returns in a line
-what it measured; tests/test_gpu.py runs them as tests. Times are medians of interleaved repetitions (A B A B ...),
-so that a machine that slows down slows both.
+Exit status 1 if a check or a table failed, or was stopped. Each check raises AssertionError, or returns in
+a line what it measured; tests/test_gpu.py runs them as tests. Times are medians of interleaved repetitions
+(A B A B ...), so that a machine that slows down slows both.
 """
 
 import argparse
@@ -41,7 +42,8 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-# The module of a package, where it has another name. And what a package needs, apart from torch and torchvision.
+# The module of a package, where it has another name. And what a package needs, apart from torch and
+# torchvision.
 IMPORTED = {
     "clip-anytorch": "clip",
     "setuptools<81": "pkg_resources",
@@ -52,7 +54,8 @@ IMPORTED = {
 }
 BRINGS = {
     "clip-anytorch": "ftfy regex tqdm wcwidth",
-    "matplotlib": "contourpy cycler fonttools kiwisolver numpy packaging Pillow pyparsing python-dateutil six tzdata",
+    "matplotlib": "contourpy cycler fonttools kiwisolver numpy packaging Pillow pyparsing python-dateutil six "
+    "tzdata",
     "pytest": "iniconfig packaging pluggy Pygments",
 }
 
@@ -60,8 +63,9 @@ BRINGS = {
 def missing_wheels(needed=None):
     """ "" or the sentence that names what to bring to a machine without a network.
 
-    pip download fetches what a package requires, even if it is here: for clip-anytorch, 3 GB of torch. So it is told
-    to fetch no requirements (--no-deps), and the small ones are named. Only a missing torch comes with all of its own.
+    pip download fetches what a package requires, even if it is here: for clip-anytorch, 3 GB of torch. So
+    it is told to fetch no requirements (--no-deps), and the small ones are named. Only a missing torch
+    comes with all of its own.
     """
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     needed = needed or [line.split()[0] for line in lines if line[:1] not in ("", "#")]
@@ -107,8 +111,8 @@ import workbench  # noqa: E402
 from kill_and_resume import command  # noqa: E402
 
 REAL = train.configure(dict(source=("gta5",)))
-# How long the parts take on one GPU, in seconds. These are estimates: from the FLOPs and bytes of a step on an A100
-# with 16 cores, and guesses for the compiler and for new processes. No GPU has measured them yet.
+# How long the parts take on one GPU, in seconds. These are estimates: from the FLOPs and bytes of a step on
+# an A100 with 16 cores, and guesses for the compiler and for new processes. No GPU has measured them yet.
 SECONDS = dict(
     parity=20,
     bf16=8,
@@ -171,8 +175,9 @@ SMALL = dict(
 SYNCHRONISING = (
     "item tolist __bool__ __int__ __float__ cpu numpy nonzero new_tensor tensor as_tensor".split()
 )
-# Largest relative difference of a gradient, in 2-norms, that counts as rounding. Measured on a CPU at 224 pixels:
-# another memory layout makes 4.8e-4 (RN50) and 1.1e-6 (ViT-B/16). An offset of 0.01 on one bias makes 5.2e-3 and 8.4e-3.
+# Largest relative difference of a gradient, in 2-norms, that counts as rounding. Measured on a CPU at 224
+# pixels: another memory layout makes 4.8e-4 (RN50) and 1.1e-6 (ViT-B/16). An offset of 0.01 on one bias
+# makes 5.2e-3 and 8.4e-3.
 ROUNDING = 2e-3
 
 
@@ -184,7 +189,7 @@ class OverBudget(BaseException):
     """The seconds of --budget are over."""
 
 
-# ------------------------------------------------------------------------------------------------------------- checks
+# --------------------------------------------------------------------------------------------------- checks
 
 
 def parity(device, folder, sizes):
@@ -209,7 +214,8 @@ def parity(device, folder, sizes):
                         answers(other, config, image.to(device), label.to(device), step),
                     )
                 )
-    return "largest differences: terms {:.0e}, gradients {:.0e}, mean weight {:.0e}, predictions {:.3%}".format(
+    words = "largest differences: terms {:.0e}, gradients {:.0e}, mean weight {:.0e}, predictions {:.3%}"
+    return words.format(
         *map(max, zip(*said))
     )
 
@@ -228,9 +234,10 @@ def answers(module, config, image, label, step):
 def compare(ours, theirs):
     """Largest differences of two answers, asserted to be rounding.
 
-    Gradients are compared parameter by parameter: the 2-norm of the difference over the 2-norm of the gradient. The
-    largest single entry would say less. Where the input of a ReLU is almost 0, rounding decides whether a path counts,
-    and then one entry of millions is off by far. In the same way single pixels may fall to either side of Eq. 6.
+    Gradients are compared parameter by parameter: the 2-norm of the difference over the 2-norm of the
+    gradient. The largest single entry would say less. Where the input of a ReLU is almost 0, rounding
+    decides whether a path counts, and then one entry of millions is off by far. In the same way single
+    pixels may fall to either side of Eq. 6.
     """
     assert ours[0].keys() == theirs[0].keys() and ours[1].keys() == theirs[1].keys()
     terms = max(abs(ours[0][name] - theirs[0][name]) / max(1, theirs[0][name]) for name in ours[0])
@@ -266,9 +273,9 @@ def bf16(device, folder, sizes):
 
 
 def drawn(sizes, device, folder, *flags, scored=False, stops=False):
-    """train.py on the drawn world in this process, without pictures -> None, or the sentence that it ended with.
+    """train.py on the drawn world in this process, without pictures -> None, or the sentence of its end.
 
-    stops   whether the caller stops the run by a signal. If not, a signal came from outside, for this program: Stopped.
+    stops   whether the caller stops the run by a signal. If not, a signal came from outside: Stopped.
     """
     new = (
         []
@@ -280,7 +287,8 @@ def drawn(sizes, device, folder, *flags, scored=False, stops=False):
             *new, "--no-figures", "--device", device, *flags, scored=scored, every=10
         )
     finally:
-        # A run on a CPU asks for deterministic operations in all of its process. The next parts must not have them.
+        # A run on a CPU asks for deterministic operations in all of its process. The next parts must not
+        # have them.
         torch.use_deterministic_algorithms(False)
     if sentence and "stopped by a signal" in sentence and not stops:
         raise Stopped
@@ -297,7 +305,7 @@ class HostWaits(torch.overrides.TorchFunctionMode):
 
 
 def waits(device, run):
-    """How often the host waits for the device in each step of run(), which trains by train.train -> a list."""
+    """How often the host waits for the device in each step of run(), which calls train.train -> a list."""
     marks, rate = [], train.learning_rate
 
     def begin(step, steps):  # the loop asks for it once in each step
@@ -322,7 +330,10 @@ def waits(device, run):
 
 
 def none_in_a_step(counts):
-    """Asserts that only the first step and the tenth, which is logged, wait. In these two the waits must show."""
+    """Asserts that only the first step and the tenth, which is logged, wait.
+
+    In these two the waits must show.
+    """
     assert counts[0] > 0 and counts[9] > 0 and not any(counts[1:9]), (
         f"{counts} in steps 1 to {len(counts)}"
     )
@@ -465,7 +476,7 @@ CHECKS = dict(
     compiled=compiled,
 )
 
-# ------------------------------------------------------------------------------------------------------------- tables
+# --------------------------------------------------------------------------------------------------- tables
 
 
 def busy(function, device):
@@ -583,7 +594,7 @@ def scorer(name, device, sizes):
 
 
 def evaluation_table(device, sizes):
-    """Seconds for an image, whole and by windows, at the sizes of Cityscapes and Mapillary, without decoding."""
+    """Seconds for an image, whole and by windows, at the sizes of the data sets, without decoding."""
     for name in sizes["few"]:
         score = scorer(name, device, sizes)
         for size, slide in itertools.product(sizes["pictures"], (0, sizes["window"])):
@@ -596,7 +607,7 @@ def evaluation_table(device, sizes):
 
 
 def one_picture(score, size, slide, device):
-    """A function of its own: when it returns, its picture is freed, and the next one's memory does not count it."""
+    """A function of its own: when it returns, its picture is freed. The next one's memory must not count it."""
     bench.forget(device)
     before = bench.allocated(device)  # the weights
     once = functools.partial(
@@ -646,7 +657,7 @@ def one_protocol(score, flags, items, device):
 
 
 def checkpoint_table(device, sizes):
-    """A checkpoint on the disk of --out: size, seconds to write it (checked, flushed to the disk), to read it."""
+    """A checkpoint on the disk of --out: its size, seconds to write it and flush it, seconds to read it."""
     for name in sizes["saved"]:
         with tempfile.TemporaryDirectory(dir=sizes.get("out")) as folder:
             module, config, step = bench.network(name, "ppar", device, **sizes["flags"])
@@ -726,7 +737,7 @@ TABLES = dict(
 )
 PARTS = CHECKS | TABLES
 
-# ------------------------------------------------------------------------------------------------------------ the day
+# -------------------------------------------------------------------------------------------------- the day
 
 
 def show(title, rows):
@@ -745,7 +756,7 @@ def show(title, rows):
 
 
 def hours(tables):
-    """The last line: how long the recipes take, by the step and by the loader, as far as both were measured."""
+    """The last line: how long the recipes take, by step and by loader, as far as these were measured."""
     steps, loads = (tables.get(name, {}).get("rows", []) for name in ("step", "loader"))
     words = []
     if steps:
@@ -761,9 +772,10 @@ def hours(tables):
 
 
 def measure(name, device, sizes, keep):
-    """One part -> {status, seconds, said, rows of a table}. Raises nothing. After each row it calls keep(outcome).
+    """One part -> {status, seconds, said, rows of a table}. After each row it calls keep(outcome).
 
     status   passed; failed (said holds the reason); cut (the budget ended); stopped (a signal came)
+    An error of the part ends here: it must not cost the next part.
     """
     began, silence, outcome = (
         time.perf_counter(),

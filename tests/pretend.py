@@ -3,14 +3,16 @@
 A GPU works on its own, and Python runs ahead of it. Two mistakes cost a day on a machine with a GPU:
 
     a mix of devices      an operation gets one tensor on the GPU and one on the host. On a GPU this is an error.
-    a synchronisation     an operation brings a value from the GPU to the host, as `.item()` does. Python waits until
-                          the GPU has done all of its work. Then the GPU waits for Python.
+    a synchronisation     an operation brings a value from the GPU to the host, as `.item()` does. Python waits
+                          until the GPU has done all of its work. Then the GPU waits for Python.
 
-torch has a device without any numbers, "meta". A tensor on it has a shape and a type, and no memory. So it can stand
-for a GPU. The real loop of train.py runs on it, and a spy looks at each operation, forward and backward.
+torch has a device without any numbers, "meta". A tensor on it has a shape and a type, and no memory. So it
+can stand for a GPU. The real loop of train.py runs on it, and a spy looks at each operation, forward and
+backward.
 
-What this cannot see: kernels of CUDA, autocast to bfloat16 (meta has none), pinned memory, the fused optimiser (it is
-left out), NCCL, and a list as an index, `x[[0, 1]]`. tests/gpu.py checks these where there is a GPU.
+What this cannot see: kernels of CUDA, autocast to bfloat16 (meta has none), pinned memory, the fused
+optimiser (it is left out), NCCL, and a list as an index, `x[[0, 1]]`. tests/gpu.py checks these where there
+is a GPU.
 """
 
 import contextlib
@@ -53,8 +55,9 @@ WAITING = {
 class Spy(TorchDispatchMode):
     """Counts in `found`: {(phase, "sync NAME" or "mix NAME"): times}. The caller sets the phase.
 
-    Every operation of torch passes here, those of autograd's backward as well. The pretended device has no numbers. Who
-    asks for one gets 1, or 0 for an integer: so the loop goes on, and its checks for finite values hold.
+    Every operation of torch passes here, those of autograd's backward as well. The pretended device has no
+    numbers. Who asks for one gets 1, or 0 for an integer: so the loop goes on, and its checks for finite
+    values hold.
     """
 
     def __init__(self):
@@ -82,7 +85,8 @@ class Spy(TorchDispatchMode):
             self.note(f"sync {name}")
             return _answer(name, function, args, kwargs)
         if len(devices) > 1:
-            # torch allows a single number on the host in sums and products. This project has none: each one counts.
+            # torch allows a single number on the host in sums and products. This project has none: each one
+            # counts.
             self.note(f"mix {name}")
             args, kwargs = tree_map_only(
                 torch.Tensor, lambda x: x.to(DEVICE, non_blocking=True), (args, kwargs)
@@ -93,7 +97,10 @@ class Spy(TorchDispatchMode):
         self.found[self.phase, what] += 1
 
     def _copy(self, name, function, args, kwargs):
-        """A copy between host and device. To the device, it goes on by itself if it is told so (`non_blocking`)."""
+        """A copy between host and device.
+
+        To the device, it goes on by itself if it is told so (`non_blocking`).
+        """
         source = args[1] if name == "copy_" else args[0]
         to = args[0].device if name == "copy_" else torch.device(kwargs["device"])
         if source.device.type == to.type:
@@ -113,7 +120,7 @@ class Spy(TorchDispatchMode):
 
 
 def _answer(name, function, args, kwargs):
-    """What the operation gives for tensors of ones on the host; a tensor goes back to the pretended device."""
+    """What the operation gives for tensors of ones on the host, brought back to the pretended device."""
     if name == "_local_scalar_dense" and args[0].dtype == torch.int64:
         return 0  # the loop asks how many signals came: none
     args, kwargs = tree_map_only(
@@ -125,7 +132,10 @@ def _answer(name, function, args, kwargs):
 
 
 class Constants(TorchFunctionMode):
-    """Tells the spy of `torch.tensor([1.0], device=...)`. On a GPU this is a copy; on "meta" torch makes none."""
+    """Tells the spy of `torch.tensor([1.0], device=...)`.
+
+    On a GPU this is a copy; on "meta" torch makes none.
+    """
 
     def __init__(self, spy):
         super().__init__()

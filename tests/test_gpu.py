@@ -8,7 +8,6 @@ import copy
 import json
 import os
 import re
-import shlex
 import signal
 import time
 import weakref
@@ -405,29 +404,26 @@ def test_a_package_that_is_missing_is_named_with_the_wheels_to_bring_and_torch_i
     assert "pip download -d wheels torchvision; pip download --no-deps" in gpu.missing_wheels()
 
 
+def installed(name):
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return bool(metadata.version(name))
+
+
+def required(wheel):
+    """What the metadata of an installed package requires here, apart from torch and torchvision."""
+    every = [Requirement(line) for line in metadata.requires(wheel) or []] if installed(wheel) else []
+    here = [one.name.lower() for one in every if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return {name for name in here if not name.startswith("torch")}
+
+
 def test_what_a_package_brings_is_what_its_metadata_requires():
-    def required(wheel):
-        lines = metadata.requires(wheel) or []
-        here = [
-            re.match(r"[\w.-]+", line)[0]
-            for line in lines
-            if "extra ==" not in line and "win32" not in line
-        ]
-        return {name.lower() for name in here if not name.startswith("torch") and shutil_has(name)}
-
-    def shutil_has(name):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            return bool(metadata.version(name))
-
     for wheel, others in gpu.BRINGS.items():
-        closure, new = set(), required(wheel)
+        told, closure, new = others.split(), set(), required(wheel)
         while new - closure:
             closure |= new
             new = set().union(*map(required, closure))
-        assert closure <= {other.lower() for other in shlex.split(others)}, wheel
-        assert not any(
-            map(gpu.is_missing, (other for other in shlex.split(others) if shutil_has(other)))
-        ), wheel
+        assert closure and closure <= {other.lower() for other in told}, wheel
+        assert not any(gpu.is_missing(other) for other in told if installed(other)), wheel  # its module is known
 
 
 # ------------------------------------------------------------------------------------------------------ without a GPU
