@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import gc
 import io
 import os
 import re
@@ -84,24 +85,53 @@ def peak(function, device):
     return allocated(device, "VmHWM")
 
 
-def network(name, method, device=CPU, **flags):
-    """(PPAR on random weights of this CLIP's shape, Config, one training step as a function, past the ramp: all terms on)."""
-    config = train.configure(dict(source=("gta5",), method=method, clip=name, steps=100, **flags))
-    torch.manual_seed(0)
+def reserved(device):
+    """GiB that torch's allocator took from a GPU at most, since its statistics were reset; None on a CPU.
+
+    It is what nvidia-smi shows, but for the half GiB of CUDA itself. It is more than what is in use: the allocator keeps
+    what was freed. A GPU is large enough where this fits.
+    """
+    return torch.cuda.max_memory_reserved(device) / 2 ** 30 if device.type == "cuda" else None
+
+
+def forget(device):
+    """Give back what the allocator keeps, and reset its statistics: what was measured before does not count."""
+    if device.type == "cuda":
+        gc.collect()  # a network may lie in a cycle of references, and would be counted until Python looks for cycles
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def random_ppar(name, config):
+    """PPAR on the CPU, with random weights of the shapes of this CLIP: what ppar.build makes, without CLIP's file."""
+    torch.manual_seed(config.seed)
     net = model.SegmentationNet(TOWERS[name](), stride=config.stride)
-    original = None if method == "erm" else copy.deepcopy(net.encoder).requires_grad_(False)  # which Eq. 2 asks
+    # The copy of CLIP's image tower that Eq. 2 and Eq. 5 ask; the baseline has none.
+    original = None if config.method == "erm" else copy.deepcopy(net.encoder).requires_grad_(False)
     net.encoder.freeze(config.freeze)
-    module = ppar.PPAR(net, workbench.unit_rows(19, net.encoder.dim), original, config.tau_assign, config.beta).train()
+    return ppar.PPAR(net, workbench.unit_rows(len(data.CLASSES), net.encoder.dim), original, config.tau_assign, config.beta)
+
+
+def network(name, method, device=CPU, **flags):
+    """(PPAR on random weights of this CLIP's shape, Config, one training step as a function).
+
+    The step is one past the ramp: all terms of the loss are on. With `compile=True` the network is compiled, as by --compile.
+    """
+    config = train.configure(dict(source=("gta5",), method=method, clip=name, steps=100, **flags))
+    module = random_ppar(name, config).train()
     _, autocast, layout = checkpoint.precision(config.amp, device)
     module.to(device, memory_format=layout)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # as in training (train.setup_processes); make_scorer ends it
     image, label = random_batch(config, device)
     image, optimizer = image.contiguous(memory_format=layout), train.make_optimizer(module, config)
     for group in optimizer.param_groups:
-        group["lr"] = 1e-6
+        group["lr"] = 1e-6  # the weights hardly move: every repetition measures the same
+    trained = torch.compile(module) if config.compile else module
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        terms, _ = workbench.backward(module, image, label, config, 50, autocast)
+        terms, _ = workbench.backward(trained, image, label, config, 50, autocast)
         optimizer.step()
         return sum(terms.values())  # still on the device: nobody waits for it
 
@@ -116,16 +146,27 @@ def random_batch(config, device=CPU):
     return image.to(device), label[:, :config.crop, :config.crop].to(device)
 
 
+def frame(rng, width, height, ids):
+    """(picture, label) as arrays: smooth shapes with noise, so that a PNG of it is as large as one of a rendered frame.
+
+    The label has blocks of 32 pixels of the raw ids that are given.
+    """
+    cells = height // 32 + 1, width // 32 + 1
+    coarse = Image.fromarray(rng.integers(0, 255, (*cells, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    noise = rng.integers(-4, 5, (height, width, 3), dtype=np.int16)
+    image = np.clip(np.asarray(coarse, np.int16) + noise, 0, 255).astype(np.uint8)
+    blocks = np.array(ids, np.uint8)[rng.integers(0, len(ids), cells)]
+    return image, np.asarray(Image.fromarray(blocks).resize((width, height), Image.NEAREST))
+
+
 def gta5_sized(folder, pairs=4):
-    """GTA5-sized pairs in GTA5's layout: smooth shapes with noise, so that the PNG compresses as a rendered frame does."""
+    """GTA5-sized pairs in GTA5's layout; labels in P mode, with a palette, as GTA5's are."""
     rng = np.random.default_rng(0)
     for sub in ("images", "labels"):
         os.makedirs(Path(folder) / "gta5" / sub, exist_ok=True)
     for i in range(pairs):
-        coarse = Image.fromarray(rng.integers(0, 255, (33, 60, 3), dtype=np.uint8)).resize((1914, 1052), Image.BICUBIC)
-        image = np.clip(np.asarray(coarse, np.int16) + rng.integers(-4, 5, (1052, 1914, 3)), 0, 255).astype(np.uint8)
-        ids = np.array([7, 8, 11, 21, 23, 24, 26], np.uint8)[rng.integers(0, 7, (33, 60))]
-        label = Image.fromarray(ids).resize((1914, 1052), Image.NEAREST)
+        image, ids = frame(rng, 1914, 1052, (7, 8, 11, 21, 23, 24, 26))
+        label = Image.fromarray(ids)
         label.putpalette(official_palette("gta5"))
         Image.fromarray(image).save(Path(folder) / "gta5" / "images" / f"{i + 1:05d}.png")
         label.save(Path(folder) / "gta5" / "labels" / f"{i + 1:05d}.png")
@@ -202,6 +243,24 @@ def per_second(items, crop, workers, samples):
 
 def storage_table(workers=(1, 2), repeats=20, samples=24):
     """A training sample (crop 512) of GTA5-sized pairs by the storage of its files; ms of one core."""
+def targets_sized(folder, pairs, cityscapes=(1024, 2048), mapillary=(3024, 4032)):
+    """{data set: validation pairs} of Cityscapes (PNG) and Mapillary (JPEG) in their layouts, at their sizes (h, w)."""
+    rng, folder = np.random.default_rng(0), Path(folder)
+    places = {"cityscapes": ("leftImg8bit/val/city", "gtFine/val/city"), "mapillary": ("validation/images", "validation/labels")}
+    for name, subs in places.items():
+        for sub in subs:
+            os.makedirs(folder / name / sub, exist_ok=True)
+    for i in range(pairs):
+        image, ids = frame(rng, *reversed(cityscapes), (7, 8, 11, 21, 23, 24, 26))
+        Image.fromarray(image).save(folder / f"cityscapes/leftImg8bit/val/city/city_{i:06d}_000000_leftImg8bit.png")
+        Image.fromarray(ids).save(folder / f"cityscapes/gtFine/val/city/city_{i:06d}_000000_gtFine_labelIds.png")
+        image, ids = frame(rng, *reversed(mapillary), (13, 15, 17, 30, 27, 19, 55))
+        Image.fromarray(image).save(folder / f"mapillary/validation/images/{i:04d}.jpg")
+        Image.fromarray(ids).save(folder / f"mapillary/validation/labels/{i:04d}.png")
+    return {name: data.list_items(name, str(folder), "val") for name in places}
+
+
+def bench_item():
     with tempfile.TemporaryDirectory() as folder:
         lists = stored(folder, gta5_sized(folder, 2))
         seconds = sample_times({name: items for name, (items, _) in lists.items()}, 512, repeats)
