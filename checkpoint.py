@@ -34,13 +34,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections import namedtuple
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
-from data import UserError, require
+from data import UserError, check_sums, require
 from machine import choose_device, precision
 
 try:
@@ -285,9 +284,7 @@ def read(folder):
     import torch
     file = Path(folder) / "last.pt"
     try:
-        with zipfile.ZipFile(file) as archive:
-            if archive.testzip():
-                raise zipfile.BadZipFile
+        check_sums(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
         parts = {"model", "clip", "otp", "seen", "arch", "config", "optimizer", "step", "pairs", "withheld"}
         missing = parts - set(state)

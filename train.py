@@ -61,7 +61,8 @@ class Config:
     harmful: float = option(None, "share of drawn source scenes with wrong regions (toy sources only)", SHARE)
     # the method
     method: str = option("ppar", "ppar, or erm: L_seg with w = 1 alone, the baseline", choices=("ppar", "erm"))
-    clip: str = option(None, "CLIP by name (RN50, RN101, ViT-B/16, ...), path of a checkpoint, or toy")
+    clip: str = option(None, "CLIP by name (RN50, RN101, ViT-B/16, ...), toy, or a file: "
+                       "towers of OpenAI's, computed as OpenAI does (QuickGELU, heads of width 64)")
     prototypes: str = option("text", "OTP (Eq. 1), or a control: other classes' text, or means of the source's pixels",
                              choices=("text", "shuffled", "source"))
     align: str = option("otp-to-vtp", "lambda's schedule (Eq. 4), a name in SCHEDULES of align.py; a wrong one lists them")
