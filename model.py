@@ -42,20 +42,18 @@ from prototypes import TEMPLATES
 
 def _explain_import(error):
     """What is wrong with the package `clip`, and the command that mends it, as one sentence."""
-    missing = getattr(error, "name", None) or ""
-    if missing == "pkg_resources":  # setuptools 70 hides the part that clip-anytorch takes, 81 removed it all
+    if getattr(error, "name", None) == "pkg_resources":  # setuptools 70 hides the part that clip-anytorch takes, 81 removed it all
         return ("setuptools has no pkg_resources.packaging here, which CLIP's code needs: "
                 "pip install 'setuptools>=71,<81'")
     found = importlib.util.find_spec("clip")
     if found is None:
         return "CLIP's code is not installed: pip install -r requirements.txt"
-    if isinstance(error, ModuleNotFoundError) and missing.split(".")[0] != "clip":
-        return (f"CLIP's code needs the module {missing}, which is not installed: "
-                f"pip install -r requirements.txt, or pip install {missing}")
-    where = found.origin or ", ".join(found.submodule_search_locations)
-    return (f"the module `clip` that Python finds in {where} is not CLIP's code "
-            f"({type(error).__name__}: {error}): rename it if it is yours, else "
-            f"pip uninstall -y clip && pip install --force-reinstall --no-deps clip-anytorch")
+    folders = found.submodule_search_locations or []
+    if any(os.path.isfile(os.path.join(folder, "simple_tokenizer.py")) for folder in folders):  # CLIP's own
+        return (f"CLIP's code in {folders[0]} cannot be used ({type(error).__name__}: {error}): "
+                f"pip install --force-reinstall -r requirements.txt")
+    return (f"the module `clip` that Python finds in {found.origin or folders[0]} is not CLIP's code: rename it "
+            f"if it is yours, else pip uninstall -y clip && pip install --force-reinstall --no-deps clip-anytorch")
 
 
 try:

@@ -25,6 +25,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import data  # first of ours: it refuses a Python that is too old
+from data import UserError, require
+
 # ------------------------------------------------------------------------------------------------------ configuration
 
 POSITIVE = ("positive", lambda x: 0 < x < math.inf)
@@ -163,12 +166,10 @@ from tqdm import tqdm  # noqa: E402
 
 import align  # noqa: E402
 import checkpoint  # noqa: E402
-import data  # noqa: E402
 import evaluate  # noqa: E402
 import figures  # noqa: E402
 import machine  # noqa: E402
 import ppar  # noqa: E402
-from data import UserError, require  # noqa: E402
 from machine import setup_processes, sum_over_processes  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------- set-up
