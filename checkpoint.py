@@ -40,7 +40,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from data import UserError, check_sums, require
-from machine import choose_device, precision
+from machine import choose_device, choose_threads, precision
 
 try:
     import fcntl  # locks of the operating system
@@ -404,6 +404,7 @@ def open_run(args):
     for name in ("holdout", "workers"):
         require(getattr(args, name, 0) >= 0, f"--{name} {getattr(args, name, 0)} cannot be negative.")
     run = load_run(args.run, choose_device(args.device))
+    choose_threads(run.config.source)
     run.config.out, run.config.holdout_unseen = args.run, args.holdout
     given = {name: getattr(args, name, None) for name in ("targets", "data_root", "mapillary", "workers")}
     vars(run.config).update({name: value for name, value in given.items() if value is not None})

@@ -1,4 +1,4 @@
-"""test_environment.py: an older Python, another package called clip, other setuptools: a sentence each, from every door."""
+"""test_environment.py: an older Python, another package called clip, other setuptools: a sentence each; threads."""
 
 import ast
 import os
@@ -8,9 +8,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from test_documents import MODULES, ROOT, read
 
+import checkpoint
+import machine
 import model
+import train
 
 # Without the first three, which import torch alone and can be lifted out, and toy.py, which data.py imports.
 DOORS = sorted(set(MODULES) - {"prototypes", "align", "reweight", "toy"})
@@ -94,3 +98,31 @@ def test_without_clip_the_sentence_says_so(monkeypatch):
     monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
     missing = ModuleNotFoundError("No module named 'clip'", name="clip")
     assert model._explain_import(missing) == "CLIP's code is not installed: pip install -r requirements.txt"
+
+
+# ------------------------------------------------------------------------------------------------------------- threads
+
+
+@pytest.mark.parametrize("given", [{}, {"OMP_NUM_THREADS": "3"}, {"MKL_NUM_THREADS": "3"}], ids=str)
+@pytest.mark.parametrize("sources", [("toy-gta5",), ("toy-gta5", "toy-dev"), ("gta5",), ("toy-gta5", "gta5")], ids=str)
+def test_the_drawn_world_uses_one_thread_real_data_all_cores_and_a_number_that_is_given_wins(sources, given, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    machine.choose_threads(sources)
+    assert asked == ([] if given or "gta5" in sources else [1])
+
+
+def test_training_and_the_doors_of_a_finished_run_choose_their_threads_before_they_begin(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(machine, "choose_threads", asked.append)
+    monkeypatch.setattr(checkpoint, "choose_threads", asked.append)
+    monkeypatch.delenv("RANK", raising=False)
+    machine.setup_processes(train.configure(dict(source=("toy-dev",), device="cpu")))
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    checkpoint.open_run(checkpoint.run_flags("").parse_args([str(run[0])]))
+    assert asked == [("toy-dev",), ("toy-gta5",)]
