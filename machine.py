@@ -60,9 +60,10 @@ def precision(amp, device):
 def choose_threads(sources):
     """Let torch compute with one thread where the drawn world is the source, and else with all cores.
 
-    A scene of 96 pixels has maps so small that a second thread gains nothing: a step took 0.28 s with one thread and
-    two loader processes, 0.28 s with two threads, on two idle cores. On busy cores threads wait for each other at every
-    layer: 1.4 s with one thread, 12 s with two. Pictures of real data are large, and their threads pay.
+    Crops of 96 pixels have maps so small that a second thread gains nothing. Seconds a step on two cores, idle: 0.28
+    with one thread, 0.28 with two. At a load of 13 to 17: 1.9 with one, 11 with two, because threads wait for each
+    other in every layer. (Two loader processes, but none in the last number: with them it did not end in time.)
+    Pictures of real data are large, and their threads pay.
     Whoever sets OMP_NUM_THREADS or MKL_NUM_THREADS has chosen, and keeps that number.
     """
     import torch
