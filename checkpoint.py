@@ -34,14 +34,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections import namedtuple
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
-from data import UserError, require
-from machine import choose_device, precision
+from data import UserError, check_sums, require
+from machine import choose_device, choose_threads, precision
 
 try:
     import fcntl  # locks of the operating system
@@ -234,23 +233,52 @@ def read_log(folder):
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "clip-anytorch", "clip")  # the last: CLIP's code from OpenAI's own repository
+
+
 def describe(config):
-    """What somebody needs to trust or repeat a number: command, flags, versions, commit."""
+    """What somebody needs to trust or repeat a number, for run.json: command, flags, versions, commit, machine.
+
+    All of this is told and never used. So a fact that cannot be found is None, and no run ends for the lack of one.
+    """
     import torch
+    device = _if_known(lambda: choose_device(config.device))
+    commit = _if_known(_commit)
+    versions = {name: _if_known(lambda: metadata.version(name)) for name in PACKAGES}
+    return dict(
+        command=" ".join(["python", *sys.argv]),
+        config=vars(config),
+        clip_sha256=_if_known(lambda: _clip_digest(config.clip)),
+        versions=dict(python=sys.version.split()[0], **{name: version for name, version in versions.items() if version}),
+        commit=commit and commit.removesuffix("-dirty"),
+        changed_since_commit=commit and commit.endswith("-dirty"),
+        precision=_if_known(lambda: precision(config.amp, device)[0]),
+        threads=torch.get_num_threads(),
+        processes=_if_known(lambda: int(os.environ.get("WORLD_SIZE", 1))),
+        cuda=torch.version.cuda,
+        device=_if_known(lambda: torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"))
+
+
+def _if_known(find):
+    """find(), or None if it fails in whatever way."""
+    try:
+        return find()
+    except Exception:
+        return None
+
+
+def _commit():
+    """The commit of this code, its whole hash, with "-dirty" behind it if a file was changed. No git: an error."""
+    words = "git describe --always --exclude=* --abbrev=40 --dirty".split()
+    folder = Path(__file__).resolve().parent
+    return subprocess.check_output(words, cwd=folder, text=True, stderr=subprocess.DEVNULL, timeout=60).strip()
+
+
+def _clip_digest(name):
+    """SHA-256 of the file of a CLIP. OpenAI's, by name, have none here: clip.load has compared theirs."""
     from model import TOY_CLIP
-    digest = commit = None
-    with contextlib.suppress(FileNotFoundError), open(TOY_CLIP if config.clip == "toy" else config.clip, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()  # of a CLIP by name, clip.load has checked the hash
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git here, or no repository
-        words = "git describe --always --exclude=* --abbrev=40 --dirty".split()  # the whole hash, and "-dirty" after a change
-        commit = subprocess.check_output(words, cwd=Path(__file__).resolve().parent, text=True, stderr=subprocess.DEVNULL).strip()
-    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "numpy", "pillow", "clip-anytorch")}
-    device = choose_device(config.device)
-    machine = dict(threads=torch.get_num_threads(), processes=int(os.environ.get("WORLD_SIZE", 1)), cuda=torch.version.cuda,
-                   device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
-    return dict(command=" ".join(["python", *sys.argv]), config=vars(config), clip_sha256=digest,
-                versions=dict(python=sys.version.split()[0], **versions), commit=commit and commit.removesuffix("-dirty"),
-                changed_since_commit=commit and commit.endswith("-dirty"), precision=precision(config.amp, device)[0], **machine)
+    with open(TOY_CLIP if name == "toy" else name, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
@@ -285,9 +313,7 @@ def read(folder):
     import torch
     file = Path(folder) / "last.pt"
     try:
-        with zipfile.ZipFile(file) as archive:
-            if archive.testzip():
-                raise zipfile.BadZipFile
+        check_sums(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
         parts = {"model", "clip", "otp", "seen", "arch", "config", "optimizer", "step", "pairs", "withheld"}
         missing = parts - set(state)
@@ -378,6 +404,7 @@ def open_run(args):
     for name in ("holdout", "workers"):
         require(getattr(args, name, 0) >= 0, f"--{name} {getattr(args, name, 0)} cannot be negative.")
     run = load_run(args.run, choose_device(args.device))
+    choose_threads(run.config.source)
     run.config.out, run.config.holdout_unseen = args.run, args.holdout
     given = {name: getattr(args, name, None) for name in ("targets", "data_root", "mapillary", "workers")}
     vars(run.config).update({name: value for name, value in given.items() if value is not None})

@@ -23,6 +23,14 @@ Not here: the drawn world behind the toy-* names (toy.py), batches (train.py), t
     Notice: however a view is scaled, cut and flipped, image and label stay on top of each other.
 """
 
+import sys
+
+# Every command imports this file first, so the check stands here, once, above all that an older Python has not.
+# It is written in words that an older Python can read; a parser that meets newer ones ends before any sentence.
+if sys.version_info < (3, 11):
+    sys.exit("error: Python 3.11 or later is needed, and {} is Python {}.{}: make an environment of a later one, "
+             "python3.11 -m venv env".format(sys.executable, *sys.version_info[:2]))
+
 import argparse
 import contextlib
 import filecmp
@@ -34,9 +42,9 @@ import os
 import re
 import shlex
 import shutil
-import sys
 import tempfile
 import warnings
+import zipfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -76,6 +84,16 @@ NOT_OFFICIAL = "these are not the official labels, or a program has changed them
 
 class UserError(ValueError):
     """Something that the user can mend. The message is one sentence: what, where, and the remedy."""
+
+
+def check_sums(path):
+    """Compare the check sums that a zip archive holds of its parts with the parts: zipfile.BadZipFile if one differs.
+
+    torch writes its files as such archives and never looks at the sums: a flipped bit would be a wrong weight.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if part := archive.testzip():
+            raise zipfile.BadZipFile(f"the check sum of {part} differs")
 
 
 def require(holds, sentence):

@@ -22,13 +22,14 @@ Not here: the loop (train.py), the score (evaluate.py). `python ppar.py` prints
 import copy
 from typing import NamedTuple
 
+from data import CLASSES, PADDING, VOID, normalise  # first: it refuses a Python that is too old
+
 import torch
 import torch.nn.functional as F
 
 import align
 import prototypes
 import reweight
-from data import CLASSES, PADDING, VOID, normalise
 from model import SegmentationNet, load_clip, pad
 
 

@@ -12,7 +12,8 @@ Shapes
     images   (384, 32, 32, 3) uint8    tokens   (texts, 24) captions, each once    which   (384,) image -> its caption
 
 Not here: the world (toy.py), loading (model.load_clip("toy")), the prompts of the method (prototypes.py).
-With --train it makes the file again (minutes), with --check it prints the figures to quote; `python toy_clip.py` prints
+With --train it makes the file again (minutes), with --check it prints the figures to quote. --mark adds what model.load_clip asks
+of a file with towers of one's own, and an earlier version did not write. `python toy_clip.py` prints
     ...
       all domains     native 0.54  zoom 0.57  cut 0.7...  of 1584 crops
     Notice: it names things in looks that it has never seen, ten times as often as chance would.
@@ -20,8 +21,13 @@ With --train it makes the file again (minutes), with --check it prints the figur
 
 import argparse
 import functools
+import io
+import os
+import sys
+import zipfile
 
-import clip
+from data import CLASSES, CLIP_MEAN, CLIP_STD, UserError  # first: it refuses a Python that is too old
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -30,7 +36,7 @@ from torchvision.transforms import Normalize
 
 import model
 import toy
-from data import CLASSES, CLIP_MEAN, CLIP_STD
+from model import clip  # says what to do where it is not CLIP's package
 from prototypes import TEMPLATES, original_text_prototypes
 
 # Pixels of its input: one cell of stride 32, so that its pooling attends to that cell alone, and reading a pixel
@@ -138,7 +144,7 @@ def train_clip(out, steps, seed, styles):
     # finds the end of a text as its highest token.
     mediums = "dark bright blurry gray photo picture drawing"
     used = clip.tokenize([form.format(m=mediums, c=c) for form in FORMS for c in CLASSES]).unique()
-    net = clip.model.CLIP(64, SIZE, (1, 1, 1, 1), 16, None, 77, len(used), 64, 1, 2)  # 64 wide, vision 16, text 64
+    net = _miniature(len(used))
     for layer in (net.visual.layer1, net.visual.layer2, net.visual.layer3, net.visual.layer4):
         torch.nn.init.ones_(layer[0].bn3.weight)  # CLIP opens its residual branches from zero: safe if deep, but slow
     groups = [dict(params=[p for p in net.parameters() if p.ndim > 1], weight_decay=.05),
@@ -166,8 +172,13 @@ def train_clip(out, steps, seed, styles):
     _save(net, used, out)
 
 
+def _miniature(vocabulary):
+    """The small CLIP with fresh weights: joint space 64 wide, a ResNet 16 wide, a text tower 64 wide with two blocks."""
+    return clip.model.CLIP(64, SIZE, (1, 1, 1, 1), 16, None, 77, vocabulary, 64, 1, 2)
+
+
 def _save(net, used, out):
-    """A state dict in half precision, as OpenAI's."""
+    """A state dict in half precision, as OpenAI's, with the mark that model.load_clip asks of towers that are not OpenAI's."""
     state = {k: v.detach().clone() for k, v in net.state_dict().items()}
     table = torch.zeros(49408, 64)  # of CLIP's tokens; zero: never trained
     state["token_embedding.weight"] = table.index_copy(0, used, state["token_embedding.weight"])
@@ -178,7 +189,34 @@ def _save(net, used, out):
     for name in ("q", "k", "v"):
         state[f"visual.attnpool.{name}_proj.bias"] += state[f"visual.attnpool.{name}_proj.weight"] @ middle
     code -= middle
-    torch.save({k: v.half() if v.is_floating_point() else v for k, v in state.items()}, out)
+    half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    _write(half | model.mark(), out)
+
+
+def _write(state, path):
+    """What torch.save writes, compressed (the table of tokens is nearly all zeros: 9 MB become 3), whole or not at all."""
+    plain, temporary = io.BytesIO(), f"{path}.{os.getpid()}.tmp"
+    torch.save(state, plain)
+    with zipfile.ZipFile(plain) as parts, zipfile.ZipFile(temporary, "w") as small:
+        for part in parts.infolist():  # each with its own date, which is the same at every time of writing
+            small.writestr(part, parts.read(part), zipfile.ZIP_DEFLATED, 9)
+    os.replace(temporary, path)
+
+
+def mark_clip(path):
+    """Add the mark to a file that an earlier version of this script made, in place; no weight changes.
+
+    UserError if its tensors are not those of this script's CLIP: what another tower computes, a mark must not claim.
+    """
+    try:
+        state = torch.load(path, weights_only=True)
+        state.pop(model.MARK, None)
+        _miniature(49408).load_state_dict(state)  # strict: names and shapes
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} was not made by toy_clip.py ({type(error).__name__}: {reason}): it gets no mark.") from None
+    _write(state | model.mark(), path)
+    print(f"{path}: {len(state)} tensors as they were, and the mark: {model.COMPUTED}")
 
 
 @torch.no_grad()
@@ -208,15 +246,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--train", action="store_true", help="make the miniature CLIP again (minutes)")
     parser.add_argument("--check", action="store_true", help="zero-shot top-1 per domain and class")
-    parser.add_argument("--out", default=model.TOY_CLIP, help="file that --train writes and --check reads")
+    parser.add_argument("--mark", action="store_true", help="add to --out the mark that an earlier version did not write")
+    parser.add_argument("--out", default=model.TOY_CLIP, help="file that --train writes, --check reads and --mark completes")
     parser.add_argument("--styles", choices=("web", "source"), default="web", help="what it sees in training")
     parser.add_argument("--steps", type=int, default=7000, help="of --train")
     parser.add_argument("--seed", type=int, default=0, help="of --train")
     args = parser.parse_args()
-    if args.train:
-        train_clip(args.out, args.steps, args.seed, args.styles)
-    if args.check or not args.train:
-        check_clip(args.out, scenes=15 if args.check else 2)
+    try:
+        if args.train:
+            train_clip(args.out, args.steps, args.seed, args.styles)
+        if args.mark:
+            mark_clip(args.out)
+        if args.check or not (args.train or args.mark):
+            check_clip(args.out, scenes=15 if args.check else 2)
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

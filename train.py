@@ -25,6 +25,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import data  # first of ours: it refuses a Python that is too old
+from data import UserError, require
+
 # ------------------------------------------------------------------------------------------------------ configuration
 
 POSITIVE = ("positive", lambda x: 0 < x < math.inf)
@@ -61,7 +64,8 @@ class Config:
     harmful: float = option(None, "share of drawn source scenes with wrong regions (toy sources only)", SHARE)
     # the method
     method: str = option("ppar", "ppar, or erm: L_seg with w = 1 alone, the baseline", choices=("ppar", "erm"))
-    clip: str = option(None, "CLIP by name (RN50, RN101, ViT-B/16, ...), path of a checkpoint, or toy")
+    clip: str = option(None, "CLIP by name (RN50, RN101, ViT-B/16, ...), toy, or a file: "
+                       "towers of OpenAI's, computed as OpenAI does (QuickGELU, heads of width 64)")
     prototypes: str = option("text", "OTP (Eq. 1), or a control: other classes' text, or means of the source's pixels",
                              choices=("text", "shuffled", "source"))
     align: str = option("otp-to-vtp", "lambda's schedule (Eq. 4), a name in SCHEDULES of align.py; a wrong one lists them")
@@ -162,12 +166,10 @@ from tqdm import tqdm  # noqa: E402
 
 import align  # noqa: E402
 import checkpoint  # noqa: E402
-import data  # noqa: E402
 import evaluate  # noqa: E402
 import figures  # noqa: E402
 import machine  # noqa: E402
 import ppar  # noqa: E402
-from data import UserError, require  # noqa: E402
 from machine import setup_processes, sum_over_processes  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------- set-up

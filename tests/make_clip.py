@@ -15,6 +15,8 @@ with warnings.catch_warnings(action="ignore"):  # clip-anytorch imports pkg_reso
     from clip.model import CLIP, convert_weights
 
 VOCABULARY = 49408  # what CLIP's tokenizer needs; a test that encodes no text may take less
+# A file with other towers than OpenAI's says how it is computed, in one more tensor. Written by hand, as model.py expects it.
+MARK = {"computed_as": torch.tensor(list(b"clip.model.CLIP: QuickGELU, heads of width 64"), dtype=torch.uint8)}
 
 
 def make_clip(kind="resnet", dim=48, resolution=64, layers=None, vocabulary=VOCABULARY, context=77, seed=0):
@@ -46,8 +48,8 @@ def make_clip(kind="resnet", dim=48, resolution=64, layers=None, vocabulary=VOCA
     return model
 
 
-def write_archive(model, path):
-    """A TorchScript archive like OpenAI's: half precision, and three sizes as buffers in the state dict."""
+def write_archive(model, path, marked=True):
+    """A TorchScript archive like OpenAI's: half precision, and three sizes as buffers in the state dict. Marked or not."""
     model = copy.deepcopy(model)
     convert_weights(model)
     resolution = model.visual.input_resolution
@@ -56,6 +58,8 @@ def write_archive(model, path):
         if hasattr(model, name):
             delattr(model, name)
         model.register_buffer(name, torch.tensor(size))
+    for name, tensor in MARK.items() if marked else ():
+        model.register_buffer(name, tensor)
     example = dict(encode_image=torch.zeros(1, 3, resolution, resolution),
                    encode_text=torch.zeros(1, sizes["context_length"], dtype=torch.long))
     with warnings.catch_warnings(action="ignore"), torch.no_grad():  # TorchScript announces its retirement
@@ -63,7 +67,7 @@ def write_archive(model, path):
     return str(path)
 
 
-def write_state_dict(model, path):
-    """A plain state dict, float32."""
-    torch.save(model.state_dict(), path)
+def write_state_dict(model, path, marked=True):
+    """A plain state dict, float32. Marked or not."""
+    torch.save(dict(model.state_dict(), **(MARK if marked else {})), path)
     return str(path)

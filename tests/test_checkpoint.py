@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import time
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
@@ -247,6 +248,32 @@ def test_a_run_is_described_with_git_and_without(git, commit, changed, run, tmp_
     assert (told["commit"], told["changed_since_commit"]) == (commit, changed)
     assert told["clip_sha256"] == hashlib.sha256((run[0] / "last.pt").read_bytes()).hexdigest()
     assert told["versions"]["python"] == platform.python_version() and torch.__version__.startswith(told["versions"]["torch"])
+
+
+def test_what_only_fills_run_json_never_ends_a_run(run, monkeypatch):
+    """OpenAI's own package has another name than clip-anytorch; and whatever else cannot be found out is left open."""
+    config = SimpleNamespace(clip="RN50", device="cpu", amp="fp32")  # by name: clip.load compared its hash, there is no file
+    installed = metadata.version
+    only = {"clip": "1.0"}  # pip install git+https://github.com/openai/CLIP.git
+
+    def version(name):
+        if name in only or "clip" not in name:
+            return only.get(name) or installed(name)
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    told = checkpoint.describe(config)
+    assert told["versions"]["clip"] == "1.0" and "clip-anytorch" not in told["versions"] and told["clip_sha256"] is None
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("it is not known")
+
+    for place, name in ((metadata, "version"), (subprocess, "check_output"), (checkpoint, "choose_device"), (checkpoint, "precision")):
+        monkeypatch.setattr(place, name, fail)
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    told = checkpoint.describe(config)
+    assert [*told["versions"]] == ["python"] and json.dumps(told, default=vars)
+    assert {key for key, value in told.items() if value is None} >= {"commit", "precision", "processes", "device", "clip_sha256"}
 
 
 class Malicious:

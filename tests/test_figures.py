@@ -61,7 +61,7 @@ def test_the_reliability_figure_counts_the_weight_that_is_lost_and_shows_spoilt_
     assert shares == pytest.approx([1 - weight[wrong & valid].mean(), 1 - weight[~wrong & valid].mean()], abs=1e-12)
     title = (f"Source pixels that lose their weight (8 scenes, a note): {shares[0]:.1%} of the harmful ones, "
              f"{shares[1]:.1%} of the others")
-    assert drawn[0].get_suptitle() == title and title in capsys.readouterr().out
+    assert drawn[0]._suptitle.get_text() == title and title in capsys.readouterr().out
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == [*data.CLASSES, "void"]
     assert drawn[0].get_figheight() > 5 * drawn[0].get_figwidth() / 5 * 20 / 30  # room for every panel and the legend
     panels = [ax.images[0].to_rgba(ax.images[0].get_array(), bytes=True)[..., :3] for ax in drawn[0].axes[:-2]]  # two colour bars
@@ -74,7 +74,7 @@ def test_where_no_pixel_is_harmful_the_reliability_figure_says_so_in_words(tmp_p
     image, label, wrong = toy.draw("toy-gta5", "train", 0)
     scene = image, label, wrong, np.ones(label.shape), np.full(label.shape, 0.75)
     assert figures.figure_reliability(tmp_path / "r.png", [scene] * 2) == [None, 0.25]
-    assert drawn[0].get_suptitle().endswith("(2 scenes): there are no harmful ones, 25.0% of the others")
+    assert drawn[0]._suptitle.get_text().endswith("(2 scenes): there are no harmful ones, 25.0% of the others")
 
 
 def test_an_embedding_is_seen_in_the_plane_of_the_largest_variance_of_pixels_and_present_prototypes(tmp_path, drawn):

@@ -14,19 +14,21 @@ import pytest
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
-from make_clip import make_clip, write_archive, write_state_dict
+from make_clip import MARK, make_clip, write_archive, write_state_dict
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model
 import ppar
-from data import UserError
+import prototypes
+from data import CLASSES, UserError
 from model import DenseCLIP, SegmentationNet, load_clip
 
 torch.set_num_threads(1)
 WRITERS = {"archive": write_archive, "state dict": write_state_dict}
 DIM = 48
 small_clip = functools.partial(make_clip, dim=DIM, vocabulary=100, context=16)  # its text tower is of no importance
+whole_clip = functools.partial(make_clip, dim=DIM)  # one that load_clip takes: it can read the prompts
 
 
 def small_net(kind, stride=16):
@@ -46,7 +48,7 @@ def close(got, expected):
 @pytest.mark.parametrize("form", WRITERS)
 @pytest.mark.parametrize("kind", ["resnet", "vit"])
 def test_a_clip_loads_from_a_path_in_both_formats_with_every_tensor(kind, form, tmp_path):
-    original = small_clip(kind)
+    original = whole_clip(kind)
     if form == "state dict":  # float32 keeps its precision
         nn.init.normal_(original.text_projection, std=1e5)  # beyond half precision, too
     path = WRITERS[form](original, tmp_path / "clip.pt")
@@ -54,7 +56,7 @@ def test_a_clip_loads_from_a_path_in_both_formats_with_every_tensor(kind, form, 
     torch.testing.assert_close(loaded.state_dict(), original.state_dict(), rtol=0, atol=0)
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in loaded.parameters())
     assert not any(m.training for m in loaded.modules())
-    tokens = torch.tensor([[1, 5, 9, 99] + [0] * 12, [99] + [0] * 15])
+    tokens = torch.tensor([[1, 5, 9, 99] + [0] * 73, [99] + [0] * 76])
     for cosines, expected in zip(loaded(images(), tokens), original(images(), tokens)):
         close(cosines, expected)
     assert f"{path}: {kind}, joint width {DIM}, {len(original.state_dict())} tensors" in report and "\n" not in report
@@ -81,10 +83,10 @@ def test_a_file_that_is_not_exactly_a_clip_is_refused_with_its_name_and_the_reas
     path, reason = tmp_path / "bad.pt", ""
     if isinstance(content, tuple):  # a tensor is missing, left over or of another shape
         kind, name, value, reason = content
-        state = {**small_clip(kind).state_dict(), name: value}
+        state = {**whole_clip(kind).state_dict(), **MARK, name: value}
         content = {key: tensor for key, tensor in state.items() if tensor is not None}
     if isinstance(content, str):  # half a file
-        WRITERS[content](small_clip("vit"), path)
+        WRITERS[content](whole_clip("vit"), path)
         content = path.read_bytes()[:path.stat().st_size * 6 // 10]
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(UserError, match=f"{path}.*{reason}") as refusal:  # no line break before the reason
@@ -92,6 +94,154 @@ def test_a_file_that_is_not_exactly_a_clip_is_refused_with_its_name_and_the_reas
     assert not any(text in str(refusal.value) for text in ("\n", "\033", "weights_only")), "torch advises to be careless"
     with pytest.raises(pytest.fail.Exception):
         pickle.loads(pickle.dumps(Trap()))  # the trap itself works
+
+
+# Typed from OpenAI's releases: joint width, pixels, blocks, width, patch; context, vocabulary, width, heads and blocks of the text.
+OPENAI = {
+    "RN50": (1024, 224, (3, 4, 6, 3), 64, None, 77, 49408, 512, 8, 12),
+    "RN101": (512, 224, (3, 4, 23, 3), 64, None, 77, 49408, 512, 8, 12),
+    "RN50x4": (640, 288, (4, 6, 10, 6), 80, None, 77, 49408, 640, 10, 12),
+    "RN50x16": (768, 384, (6, 8, 18, 8), 96, None, 77, 49408, 768, 12, 12),
+    "RN50x64": (1024, 448, (3, 15, 36, 10), 128, None, 77, 49408, 1024, 16, 12),
+    "ViT-B/32": (512, 224, 12, 768, 32, 77, 49408, 512, 8, 12),
+    "ViT-B/16": (512, 224, 12, 768, 16, 77, 49408, 512, 8, 12),
+    "ViT-L/14": (768, 224, 24, 1024, 14, 77, 49408, 768, 12, 12),
+    "ViT-L/14@336px": (768, 336, 24, 1024, 14, 77, 49408, 768, 12, 12),
+}
+OTHERS = {  # of open_clip; in the first, a head is 80 wide, and in the second 88
+    "ViT-H-14": (1024, 224, 32, 1280, 14, 77, 49408, 1024, 16, 24),
+    "ViT-g-14": (1024, 224, 40, 1408, 14, 77, 49408, 1024, 16, 24),
+    "ViT-B-16-plus": (640, 240, 12, 896, 16, 77, 49408, 640, 10, 12),
+    "ViT-S-16": (384, 224, 12, 384, 16, 77, 49408, 384, 6, 12),
+    "one block less": (512, 224, 11, 768, 16, 77, 49408, 512, 8, 12),
+    "another text tower": (512, 224, 12, 768, 16, 77, 49408, 768, 12, 12),
+    "a deeper text tower": (512, 224, 12, 768, 16, 77, 49408, 512, 8, 13),
+    "a short context": (512, 224, 12, 768, 16, 32, 49408, 512, 8, 12),
+    "more tokens": (512, 224, 12, 768, 16, 77, 64000, 512, 8, 12),
+    "another ResNet": (1024, 224, (3, 4, 6, 3), 96, None, 77, 49408, 512, 8, 12),
+}
+
+
+@pytest.mark.parametrize("name", [*OPENAI, *OTHERS])
+def test_openais_own_towers_load_and_those_of_others_are_refused_because_a_file_does_not_tell_how_to_compute_them(name):
+    with torch.device("meta"):  # shapes without numbers: the largest of them would fill the memory
+        state = model.clip.model.CLIP(*(OPENAI | OTHERS)[name]).state_dict()
+    assert model._check_towers("FILE", state, MARK["computed_as"]) == "QuickGELU and heads of width 64, as the file says"
+    if name in OPENAI:
+        said = model._check_towers("FILE", state, None)
+        assert f"towers of {name.partition('@')[0]}: QuickGELU and heads of width 64 are assumed" in said
+        assert set(model.OPENAI) == {n.partition("@")[0] for n in model.clip.available_models()}
+    else:
+        with pytest.raises(UserError, match="FILE has not the towers.*heads and the activation.*give one of RN50, RN101") as refusal:
+            model._check_towers("FILE", state, None)
+        assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_other_towers_load_if_their_file_says_how_they_are_computed_and_openais_without_a_mark(form, tmp_path, monkeypatch):
+    path = WRITERS[form](whole_clip("vit"), tmp_path / "clip.pt")
+    assert load_clip(path)[1].endswith("0 left over; QuickGELU and heads of width 64, as the file says")
+    WRITERS[form](whole_clip("vit"), path, marked=False)
+    with pytest.raises(UserError, match=f"{path} has not the towers.*ViT of patch 16, width 128, 4 blocks; text: width 64, 1 blocks"):
+        load_clip(path)
+    monkeypatch.setitem(model.OPENAI, "ViT-Tiny", ((128, 4, 16), (64, 1)))  # as if OpenAI had made it
+    assert "0 left over; towers of ViT-Tiny: QuickGELU and heads of width 64 are assumed" in load_clip(path)[1]
+    monkeypatch.setattr(model, "COMPUTED", "clip.model.CLIP: GELU")
+    with pytest.raises(UserError, match="is to be computed as `clip.model.CLIP: QuickGELU.*only `clip.model.CLIP: GELU`"):
+        load_clip(WRITERS[form](whole_clip("vit"), path))
+
+
+@pytest.mark.parametrize("sizes, words", [(dict(context=10), "10 tokens out of 49408.*up to 11 out of 49408"),
+                                          (dict(vocabulary=49407), "77 tokens out of 49407.*up to 11 out of 49408"), ({}, ""),
+                                          (dict(context=11), "")])
+def test_a_text_tower_that_cannot_read_the_prompts_is_refused(sizes, words, tmp_path):
+    path = write_state_dict(whole_clip("vit", **sizes), tmp_path / "clip.pt")
+    if words:
+        with pytest.raises(UserError, match=f"CLIP {path}: its text tower reads {words}"):
+            load_clip(path)
+    else:
+        prototypes.original_text_prototypes(load_clip(path)[0], CLASSES)  # the longest prompt fits
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_a_flipped_bit_in_a_weight_is_caught_by_the_check_sums_of_the_file(form, tmp_path, monkeypatch):
+    path = WRITERS[form](whole_clip("vit"), tmp_path / "clip.pt")
+    content, weight = bytearray(pathlib.Path(path).read_bytes()), load_clip(path)[0].visual.conv1.weight
+    numbers = (weight.half() if form == "archive" else weight).numpy().tobytes()
+    content[content.index(numbers) + 1000] ^= 2
+    pathlib.Path(path).write_bytes(content)
+    with pytest.raises(UserError, match=f"CLIP {path} is damaged or not whole.*check sum of .*differs.*fetch it again"):
+        load_clip(path)
+    monkeypatch.setattr(model, "check_sums", lambda path: None)  # torch itself does not notice
+    assert (load_clip(path)[0].visual.conv1.weight != weight).sum() == 1
+
+
+@pytest.mark.parametrize("form, value", [("archive", float("nan")), ("state dict", float("inf")), ("state dict", float("-inf"))])
+def test_weights_that_are_not_finite_are_refused_with_the_name_of_their_tensor(form, value, tmp_path):
+    broken = whole_clip("resnet")
+    with torch.no_grad():
+        broken.visual.layer2[0].conv1.weight[3, 2] = value
+    path = WRITERS[form](broken, tmp_path / "clip.pt")
+    with pytest.raises(UserError, match=rf"CLIP {path}: visual\.layer2\.0\.conv1\.weight holds weights that are inf or nan"):
+        load_clip(path)
+
+
+def renamed(old, new):
+    return lambda state: {new + name.removeprefix(old) if name.startswith(old) else name: x for name, x in state.items()}
+
+
+# What people pass as a CLIP -> (how it comes from a state dict in OpenAI's format, words of the refusal)
+PASSED = {
+    "training": (lambda state: dict(epoch=3, state_dict=state), "checkpoint of a training run"),
+    "of several processes": (lambda state: dict(state_dict=renamed("", "module.")(state)), "checkpoint of a training run"),
+    "wrapped": (renamed("", "module."), "checkpoint of a training run"),
+    "model": (lambda state: dict(model=state, step=1), "checkpoint of a training run"),
+    "transformers": (renamed("visual.", "vision_model."), "format of Hugging Face's transformers .*--clip ViT-B/16"),
+    "open_clip, text": (renamed("transformer.", "text.transformer."), "another text tower than OpenAI's .*--clip ViT-B/16"),
+    "open_clip, image": (renamed("visual.", "visual.trunk."), "image tower of timm .*--clip ViT-B/16"),
+    "run": (lambda state: dict(model=state, arch={}, otp=torch.zeros(1), optimizer={}), "checkpoint of train.py: --clip takes"),
+    "list": (lambda state: [*state.values()], "holds no state dict.*TorchScript archive or a plain state dict"),
+}
+
+
+@pytest.mark.parametrize("kind", PASSED)
+def test_weights_in_another_format_are_refused_with_what_makes_them_readable(kind, tmp_path, monkeypatch):
+    original, path, (change, words) = whole_clip("vit"), str(tmp_path / "it's.bin"), PASSED[kind]
+    torch.save(change({**original.state_dict(), **MARK}), path)
+    refusal = follow_remedy(path, words, tmp_path, monkeypatch)
+    if "training run" in refusal:
+        assert torch.equal(load_clip("new.pt")[0].visual.proj, original.visual.proj)
+
+
+def follow_remedy(path, words, folder, monkeypatch):
+    """Refused in one sentence with these words; if it holds a line of Python, run that line in `folder` -> the sentence."""
+    with pytest.raises(UserError, match=f"CLIP {path} .*{words}") as refusal:
+        load_clip(path)
+    text = str(refusal.value)
+    assert "\n" not in text and len(text) < 700
+    if "in Python: " in text:
+        monkeypatch.chdir(folder)
+        exec(text.split("in Python: ")[1].split(", and give --clip new.pt")[0], dict(torch=torch))
+    return text
+
+
+def test_a_pickle_without_check_sums_is_refused_and_the_remedy_writes_one_that_has_them(tmp_path, monkeypatch):
+    original, path = whole_clip("vit"), str(tmp_path / "old.pt")
+    torch.save({**original.state_dict(), **MARK}, path, _use_new_zipfile_serialization=False)
+    follow_remedy(path, "without check sums.*Nothing in it was executed", tmp_path, monkeypatch)
+    assert torch.equal(load_clip("new.pt")[0].visual.proj, original.visual.proj)
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "is empty: fetch it again"), (b"<!DOCTYPE html><html>", "is no archive of weights, it begins with b'<!DOCTYPE html><"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS.*git lfs pull"),
+    ((9).to_bytes(8, "little") + b'{"a": {}}', "is a safetensors file.*load_file.*--clip new.pt"),
+    (b"PK\3\4 and no more", "is damaged or not whole"), (functools.partial(make_clip, "vit"), "Python objects.*nothing in it was executed.*state_dict")])
+def test_a_file_that_holds_no_weights_is_named_for_what_it_is(content, words, tmp_path):
+    path = tmp_path / "clip.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content(), path)
+    with pytest.raises(UserError, match=f"CLIP {path} {words}|CLIP {path} .*{words}"):
+        load_clip(str(path))
 
 
 def test_toy_is_the_file_beside_the_module_and_an_unknown_name_or_a_folder_is_refused_with_the_right_names():
@@ -105,11 +255,11 @@ def test_toy_is_the_file_beside_the_module_and_an_unknown_name_or_a_folder_is_re
 
 @pytest.mark.parametrize("error", [urllib.error.URLError("Name or service not known"), OSError(28, "No space left on device")])
 @pytest.mark.parametrize("name, remedy", [
-    (__file__, "Is it readable?"),
+    (model.TOY_CLIP, "Is it readable?"),
     ("RN50", f"Fetch {model.clip.clip._MODELS['RN50']} elsewhere and put it into ~/.cache/clip, or pass its path with --clip.")])
 def test_a_failed_download_or_read_is_one_sentence_with_its_reason_and_the_remedy(name, remedy, error, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))  # a cached RN50 of the developer's must not be found
-    for function in ("urllib.request.urlopen", "torch.jit.load"):
+    for function in ("urllib.request.urlopen", "torch.load"):
         monkeypatch.setattr(function, mock.Mock(side_effect=error))
     with pytest.raises(UserError) as refusal:
         load_clip(name)
@@ -119,7 +269,7 @@ def test_a_failed_download_or_read_is_one_sentence_with_its_reason_and_the_remed
 
 def test_a_name_is_fetched_once_and_its_hash_checked(monkeypatch, tmp_path):
     original = small_clip("vit")
-    archive = pathlib.Path(write_archive(original, tmp_path / "source.pt"))
+    archive = pathlib.Path(write_archive(original, tmp_path / "source.pt", marked=False))
     published = tmp_path / hashlib.sha256(archive.read_bytes()).hexdigest() / "RN50.pt"
     published.parent.mkdir()
     archive.rename(published)

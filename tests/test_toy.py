@@ -11,6 +11,7 @@ import pytest
 import toy
 import toy_clip
 import torch
+from data import UserError
 from prototypes import TEMPLATES
 
 TARGETS = [name for name in toy.DOMAINS if name != "toy-gta5"]
@@ -126,6 +127,29 @@ def test_the_embedded_clip_is_small_in_half_precision_and_knows_every_word_of_th
     rows = state["token_embedding.weight"].float().norm(dim=1)
     tokens = clip.tokenize([t.format(toy_clip.CLASSES[c]) for t in TEMPLATES for c in toy.CLASSES])
     assert (rows[tokens] > 0).all() and (rows == 0).sum() > 49000  # what was never trained is zero
+
+
+def test_a_file_of_an_earlier_version_gets_its_mark_by_a_command_and_keeps_every_bit(tmp_path, monkeypatch, capsys):
+    committed, path = torch.load(model.TOY_CLIP), tmp_path / "old.pt"
+    old = {name: tensor for name, tensor in committed.items() if name != "computed_as"}
+    assert len(old) == len(committed) - 1 and bytes(committed["computed_as"].tolist()).endswith(b"QuickGELU, heads of width 64")
+    torch.save(old, path)
+    with pytest.raises(UserError, match="old.pt has not the towers"):
+        model.load_clip(str(path))
+    monkeypatch.setattr(sys, "argv", ["toy_clip.py", "--mark", "--out", str(path)])
+    for _ in range(2):  # the second time changes nothing
+        toy_clip.main()
+        marked = torch.load(path)
+        assert [*marked] == [*committed] and all(torch.equal(marked[name], committed[name]) for name in committed)
+    assert path.stat().st_size < 4e6  # compressed, as the committed one is
+    assert "153 tensors as they were" in capsys.readouterr().out
+    assert "0 left over; QuickGELU" in model.load_clip(str(path))[1] and [*tmp_path.iterdir()] == [path]
+
+    other = {**old, "ln_final.weight": torch.zeros(65)}  # what another tower computes, no mark must claim
+    torch.save(other, path)
+    with pytest.raises(SystemExit, match=f"error: {path} was not made by toy_clip.py .*it gets no mark"):
+        toy_clip.main()
+    assert model.MARK not in torch.load(path)
 
 
 def test_the_embedded_clip_names_crops_in_styles_that_it_never_saw(monkeypatch, capsys):
