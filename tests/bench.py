@@ -88,8 +88,8 @@ def peak(function, device):
 def reserved(device):
     """GiB that torch's allocator took from a GPU at most, since its statistics were reset; None on a CPU.
 
-    It is what nvidia-smi shows, but for the half GiB of CUDA itself. It is more than what is in use: the allocator keeps
-    what was freed. A GPU is large enough where this fits.
+    It is what nvidia-smi shows, but for the half GiB of CUDA itself. It is more than what is in use: the
+    allocator keeps what was freed. A GPU is large enough if this fits.
     """
     return torch.cuda.max_memory_reserved(device) / 2 ** 30 if device.type == "cuda" else None
 
@@ -103,19 +103,20 @@ def forget(device):
 
 
 def random_ppar(name, config):
-    """PPAR on the CPU, with random weights of the shapes of this CLIP: what ppar.build makes, without CLIP's file."""
+    """PPAR on the CPU as train.build makes it, but with random weights of this CLIP's shapes: no file is needed."""
     torch.manual_seed(config.seed)
     net = model.SegmentationNet(TOWERS[name](), stride=config.stride)
     # The copy of CLIP's image tower that Eq. 2 and Eq. 5 ask; the baseline has none.
     original = None if config.method == "erm" else copy.deepcopy(net.encoder).requires_grad_(False)
     net.encoder.freeze(config.freeze)
-    return ppar.PPAR(net, workbench.unit_rows(len(data.CLASSES), net.encoder.dim), original, config.tau_assign, config.beta)
+    otp = workbench.unit_rows(len(data.CLASSES), net.encoder.dim)
+    return ppar.PPAR(net, otp, original, config.tau_assign, config.beta)
 
 
 def network(name, method, device=CPU, **flags):
     """(PPAR on random weights of this CLIP's shape, Config, one training step as a function).
 
-    The step is one past the ramp: all terms of the loss are on. With `compile=True` the network is compiled, as by --compile.
+    The step is one past the ramp: all terms of the loss are on. With `compile=True` the network is compiled.
     """
     config = train.configure(dict(source=("gta5",), method=method, clip=name, steps=100, **flags))
     module = random_ppar(name, config).train()
@@ -147,12 +148,13 @@ def random_batch(config, device=CPU):
 
 
 def frame(rng, width, height, ids):
-    """(picture, label) as arrays: smooth shapes with noise, so that a PNG of it is as large as one of a rendered frame.
+    """(picture, label) as arrays: smooth shapes with noise, so that its PNG is as large as a rendered frame's.
 
-    The label has blocks of 32 pixels of the raw ids that are given.
+    The label has blocks of 32 pixels, of the raw ids that are given.
     """
     cells = height // 32 + 1, width // 32 + 1
-    coarse = Image.fromarray(rng.integers(0, 255, (*cells, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    colours = Image.fromarray(rng.integers(0, 255, (*cells, 3), dtype=np.uint8))
+    coarse = colours.resize((width, height), Image.BICUBIC)
     noise = rng.integers(-4, 5, (height, width, 3), dtype=np.int16)
     image = np.clip(np.asarray(coarse, np.int16) + noise, 0, 255).astype(np.uint8)
     blocks = np.array(ids, np.uint8)[rng.integers(0, len(ids), cells)]
@@ -171,6 +173,24 @@ def gta5_sized(folder, pairs=4):
         Image.fromarray(image).save(Path(folder) / "gta5" / "images" / f"{i + 1:05d}.png")
         label.save(Path(folder) / "gta5" / "labels" / f"{i + 1:05d}.png")
     return data.list_items("gta5", folder, "train")
+
+
+def targets_sized(folder, pairs, cityscapes=(1024, 2048), mapillary=(3024, 4032)):
+    """{data set: validation pairs} of Cityscapes (PNG) and Mapillary (JPEG), in their layouts and sizes (h, w)."""
+    rng, folder = np.random.default_rng(0), Path(folder)
+    places = {"cityscapes": ("leftImg8bit/val/city", "gtFine/val/city"),
+              "mapillary": ("validation/images", "validation/labels")}
+    for name, subs in places.items():
+        for sub in subs:
+            os.makedirs(folder / name / sub, exist_ok=True)
+    for i in range(pairs):
+        image, ids = frame(rng, *reversed(cityscapes), (7, 8, 11, 21, 23, 24, 26))
+        Image.fromarray(image).save(folder / f"cityscapes/leftImg8bit/val/city/city_{i:06d}_000000_leftImg8bit.png")
+        Image.fromarray(ids).save(folder / f"cityscapes/gtFine/val/city/city_{i:06d}_000000_gtFine_labelIds.png")
+        image, ids = frame(rng, *reversed(mapillary), (13, 15, 17, 30, 27, 19, 55))
+        Image.fromarray(image).save(folder / f"mapillary/validation/images/{i:04d}.jpg")
+        Image.fromarray(ids).save(folder / f"mapillary/validation/labels/{i:04d}.png")
+    return {name: data.list_items(name, str(folder), "val") for name in places}
 
 
 # What a picture file could be stored as: Pillow's format and its options. All but the first are made from it.
@@ -243,24 +263,6 @@ def per_second(items, crop, workers, samples):
 
 def storage_table(workers=(1, 2), repeats=20, samples=24):
     """A training sample (crop 512) of GTA5-sized pairs by the storage of its files; ms of one core."""
-def targets_sized(folder, pairs, cityscapes=(1024, 2048), mapillary=(3024, 4032)):
-    """{data set: validation pairs} of Cityscapes (PNG) and Mapillary (JPEG) in their layouts, at their sizes (h, w)."""
-    rng, folder = np.random.default_rng(0), Path(folder)
-    places = {"cityscapes": ("leftImg8bit/val/city", "gtFine/val/city"), "mapillary": ("validation/images", "validation/labels")}
-    for name, subs in places.items():
-        for sub in subs:
-            os.makedirs(folder / name / sub, exist_ok=True)
-    for i in range(pairs):
-        image, ids = frame(rng, *reversed(cityscapes), (7, 8, 11, 21, 23, 24, 26))
-        Image.fromarray(image).save(folder / f"cityscapes/leftImg8bit/val/city/city_{i:06d}_000000_leftImg8bit.png")
-        Image.fromarray(ids).save(folder / f"cityscapes/gtFine/val/city/city_{i:06d}_000000_gtFine_labelIds.png")
-        image, ids = frame(rng, *reversed(mapillary), (13, 15, 17, 30, 27, 19, 55))
-        Image.fromarray(image).save(folder / f"mapillary/validation/images/{i:04d}.jpg")
-        Image.fromarray(ids).save(folder / f"mapillary/validation/labels/{i:04d}.png")
-    return {name: data.list_items(name, str(folder), "val") for name in places}
-
-
-def bench_item():
     with tempfile.TemporaryDirectory() as folder:
         lists = stored(folder, gta5_sized(folder, 2))
         seconds = sample_times({name: items for name, (items, _) in lists.items()}, 512, repeats)

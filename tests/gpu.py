@@ -54,8 +54,8 @@ IMPORTED = {
 }
 BRINGS = {
     "clip-anytorch": "ftfy regex tqdm wcwidth",
-    "matplotlib": "contourpy cycler fonttools kiwisolver numpy packaging Pillow pyparsing python-dateutil six "
-    "tzdata",
+    "matplotlib": "contourpy cycler fonttools kiwisolver numpy packaging Pillow pyparsing python-dateutil "
+    "six tzdata",
     "pytest": "iniconfig packaging pluggy Pygments",
 }
 
@@ -197,27 +197,19 @@ def parity(device, folder, sizes):
     said = []
     for name in sizes["few"]:
         module, config, _ = bench.network(name, "ppar", amp="fp32", **sizes["parity"])
-        config.ramp, config.tau, module.tau = (
-            (0, 1),
-            0.03,
-            0.03,
-        )  # at which some labels lose their weight, not all
+        config.ramp = (0, 1)
+        config.tau = module.tau = 0.03  # at which some labels lose their weight, not all
         other = copy.deepcopy(module).to(device, memory_format=torch.channels_last)
         image, label = bench.random_batch(config)
-        with torch.backends.cudnn.flags(
-            enabled=True, allow_tf32=False
-        ):  # matrices are multiplied without it by default
+        moved = image.to(device), label.to(device)
+        # Convolutions round to TF32 unless they are told not to. Products of matrices do not.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             for step in (0, 50, 100):
-                said.append(
-                    compare(
-                        answers(module, config, image, label, step),
-                        answers(other, config, image.to(device), label.to(device), step),
-                    )
-                )
+                ours = answers(module, config, image, label, step)
+                theirs = answers(other, config, *moved, step)
+                said.append(compare(ours, theirs))
     words = "largest differences: terms {:.0e}, gradients {:.0e}, mean weight {:.0e}, predictions {:.3%}"
-    return words.format(
-        *map(max, zip(*said))
-    )
+    return words.format(*map(max, zip(*said)))
 
 
 def answers(module, config, image, label, step):
@@ -225,8 +217,17 @@ def answers(module, config, image, label, step):
     row, grads, _ = workbench.one_step(config, image, label, step, module)
     with torch.no_grad():
         out = module(image)
-        weight = ppar.learning_weights(out, module.otp, label, tau=config.tau, judge_text=config.judge_text, ramp=step / config.steps)
-        best = ppar.prediction(out.logits, out.emb, module.otp, tau=config.tau, text_weight=config.text_weight).argmax(dim=1)
+        weight = ppar.learning_weights(
+            out,
+            module.otp,
+            label,
+            tau=config.tau,
+            judge_text=config.judge_text,
+            ramp=step / config.steps,
+        )
+        best = ppar.prediction(
+            out.logits, out.emb, module.otp, tau=config.tau, text_weight=config.text_weight
+        ).argmax(dim=1)
     assert step == 0 or 0.01 < (weight < 1).float().mean() < 0.99, "Eq. 6 has nothing to decide here"
     return row, {name: grad.cpu() for name, grad in grads.items()}, weight.cpu(), best.cpu()
 
@@ -249,13 +250,9 @@ def compare(ours, theirs):
         (ours[2] - theirs[2]).abs().mean().item(),
         (ours[3] != theirs[3]).float().mean().item(),
     )
-    assert terms < 1e-4 and grads < ROUNDING and weights < 1e-4 and wrong < 1e-4, (
-        terms,
-        grads,
-        weights,
-        wrong,
-    )
-    return terms, grads, weights, wrong
+    found = terms, grads, weights, wrong
+    assert terms < 1e-4 and grads < ROUNDING and weights < 1e-4 and wrong < 1e-4, found
+    return found
 
 
 def bf16(device, folder, sizes):
@@ -349,25 +346,14 @@ def synchronisations_bf16(device, folder, sizes):
     """The same for the first real CLIP at its recipe's crop and batch, in bfloat16."""
     name = sizes["few"][0]
     own = train.configure(dict(source=("gta5",), clip=name, **sizes["flags"]))
-    flags = [
-        "--clip",
-        name,
-        "--crop",
-        own.crop,
-        "--batch",
-        own.batch,
-        "--stride",
-        own.stride,
-        "--lr",
-        own.lr,
-        "--amp",
-        "bf16",
-        "--steps",
-        12,
-    ]
-    with mock.patch.object(
-        ppar, "build", lambda config: (bench.random_ppar(name, config), "random weights")
-    ):
+    flags = ["--clip", name, "--amp", "bf16", "--steps", 12]
+    for flag in ("crop", "batch", "stride", "lr"):  # drawn scenes would have presets of their own
+        flags += [f"--{flag}", getattr(own, flag)]
+
+    def build(config):  # no file of CLIP is needed
+        return bench.random_ppar(name, config), "random weights"
+
+    with mock.patch.object(train, "build", build):
         return none_in_a_step(waits(device, lambda: drawn(sizes, device, folder / "run", *flags)))
 
 
@@ -607,7 +593,7 @@ def evaluation_table(device, sizes):
 
 
 def one_picture(score, size, slide, device):
-    """A function of its own: when it returns, its picture is freed. The next one's memory must not count it."""
+    """A function of its own: when it returns, its picture is freed, and the next one's memory is its own."""
     bench.forget(device)
     before = bench.allocated(device)  # the weights
     once = functools.partial(
@@ -918,13 +904,10 @@ def main(arguments=None):
             report.update(hours=hours(report["tables"]), seconds=round(time.perf_counter() - began))
             checkpoint.write_json(Path(given.out) / "gpu.json", report)
 
-        print(
-            f"{report['device']}, torch {report['versions']['torch']}, CUDA {report['cuda']}, {train.CORES} cores"
-        )
-        print(
-            f"{len(names)} parts, about {sum(sizes['seconds'].get(name, 0) for name in names)} s by the estimate",
-            flush=True,
-        )
+        versions = f"torch {report['versions']['torch']}, CUDA {report['cuda']}"
+        print(f"{report['device']}, {versions}, {train.CORES} cores")
+        guess = sum(sizes["seconds"].get(name, 0) for name in names)
+        print(f"{len(names)} parts, about {guess} s by the estimate", flush=True)
         with contextlib.ExitStack() as stack:
             for number in stop_signals():
                 stack.enter_context(raising(number, Stopped))

@@ -2,9 +2,9 @@
 
 A GPU works on its own, and Python runs ahead of it. Two mistakes cost a day on a machine with a GPU:
 
-    a mix of devices      an operation gets one tensor on the GPU and one on the host. On a GPU this is an error.
-    a synchronisation     an operation brings a value from the GPU to the host, as `.item()` does. Python waits
-                          until the GPU has done all of its work. Then the GPU waits for Python.
+    a mix of devices     an operation gets one tensor on the GPU and one on the host. On a GPU this is an error.
+    a synchronisation    an operation brings a value from the GPU to the host, as `.item()` does. Python waits
+                         until the GPU has done all of its work. Then the GPU waits for Python.
 
 torch has a device without any numbers, "meta". A tensor on it has a shape and a type, and no memory. So it
 can stand for a GPU. The real loop of train.py runs on it, and a spy looks at each operation, forward and
@@ -33,7 +33,6 @@ import bench
 import checkpoint
 import data
 import machine
-import ppar
 import train
 
 DEVICE = torch.device("meta")
@@ -206,7 +205,7 @@ def rehearse(tower, folder, **flags):
         return optimizer
 
     replaced = [
-        (ppar, "build", lambda config: (bench.random_ppar(tower, config), "random weights")),
+        (train, "build", lambda config: (bench.random_ppar(tower, config), "random weights")),
         (data, "TrainingStream", Samples),
         (checkpoint, "precision", precision),
         (machine, "precision", precision),

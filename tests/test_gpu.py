@@ -22,6 +22,7 @@ import pytest
 import spread
 import torch
 import workbench
+from packaging.requirements import Requirement  # pytest requires it
 from test_evaluate import three_tables, written
 
 import checkpoint
@@ -116,7 +117,7 @@ def test_a_difference_in_any_part_of_the_answer_is_no_parity(part, name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[LONG] if n == "shared" else []) for n in gpu.TABLES]
+    "name", [pytest.param(n, marks=[LONG] if n in ("shared", "compile") else []) for n in gpu.TABLES]
 )
 def test_every_table_in_miniature_has_its_rows(name, tmp_path):
     rows = [*gpu.TABLES[name](CPU, dict(gpu.SMALL, out=str(tmp_path)))]
@@ -466,9 +467,9 @@ UNSEEN = (
 @pytest.mark.parametrize("code", [*SEEN, *UNSEEN])
 def test_the_spy_sees_what_waits_or_mixes_and_nothing_else(code):
     spy = pretend.Spy()
-    x = torch.empty(3, 4, device=pretend.DEVICE)
+    names = dict(x=torch.empty(3, 4, device=pretend.DEVICE), torch=torch, TENSOR=TENSOR)
     with spy, pretend.Constants(spy):
-        exec(code)
+        exec(code, names)
     expected = {(spy.phase, SEEN[code]): 1} if code in SEEN else {}
     assert dict(spy.found) == expected
 
@@ -492,13 +493,13 @@ def test_no_operation_of_a_step_mixes_devices_or_lets_the_host_wait(tower, flags
     )
 
 
-def constant(*args, objective=ppar.objective):
-    terms, at = objective(*args)
-    return {name: (term * torch.ones(1)).sum() for name, term in terms.items()}, at
+def constant(*args, objective=ppar.objective, **numbers):
+    terms = objective(*args, **numbers)
+    return {name: (term * torch.ones(1)).sum() for name, term in terms.items()}
 
 
-def filtered(*args, learning_weights=ppar.learning_weights):
-    weight = learning_weights(*args)
+def filtered(*args, learning_weights=ppar.learning_weights, **numbers):
+    weight = learning_weights(*args, **numbers)
     return weight * weight[weight > 0].mean()
 
 
