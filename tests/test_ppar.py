@@ -206,6 +206,7 @@ def test_padding_is_found_wherever_the_image_lies_on_the_canvas_and_no_pixel_of_
     module = ppar.PPAR(torch.nn.Identity(), unit_rows(K, 3))
     for n in range(12):  # scales from 0.5 on: 36 x 50 pixels in a crop of 96 x 128
         image, label = data.training_view(items[n % len(items)], (96, 128), np.random.default_rng(n))
+        image = image.copy()  # a view without padding is read-only
         y, x = (int(values[len(values) // 2]) for values in np.nonzero((image != np.array(data.PADDING)).any(axis=2)))
         image[y, x] = data.PADDING  # a pixel in the midst of the image that happens to have the colour
         shown = ppar.shows_image(data.to_tensor(image)[None], module.padding)[0]
