@@ -279,7 +279,8 @@ def test_a_run_that_is_alive_is_neither_resumed_nor_begun_again_and_a_killed_one
     try:
         before = {file.name: file.read_bytes() for file in out.iterdir()}
         for again in (["--resume", out], [*flags, "--out", out], [*flags, "--out", out, "--seed", 1]):
-            sentence = main(*again)
+            with mock.patch.object(train, "open_data", lambda *a: pytest.fail("the refusal comes before all work")):
+                sentence = main(*again)
             assert is_one_sentence(sentence) and f"{out} is being trained by process {ranks[0].pid} on {socket.gethostname()}" in sentence
         assert {file.name: file.read_bytes() for file in out.iterdir()} == before
         assert checkpoint.load_run(out).step >= 1  # who only reads may
