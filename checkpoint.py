@@ -81,6 +81,9 @@ def write_atomically(path, write):
         reason = " ".join(str(reason).split())[:200]
         raise UserError(f"{path} could not be written ({reason}): the file before it is untouched; make room and try "
                         f"again, a training run with --resume {os.path.dirname(path)}.") from None
+    except BaseException:  # Ctrl-C, or a defect: no half of a file stays behind
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def write_json(path, content):

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -327,6 +328,8 @@ def test_a_crash_while_writing_leaves_the_old_file_and_says_why(tmp_path):
             checkpoint.write_atomically(path, crash)
     with pytest.raises(ValueError):
         checkpoint.write_json(path, dict(mean=float("nan")))  # NaN is no JSON
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write_atomically(path, mock.Mock(side_effect=KeyboardInterrupt))
     assert json.loads(path.read_text()) == dict(mean=1.0) and os.listdir(tmp_path) == ["results.json"]
 
 
