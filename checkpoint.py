@@ -50,8 +50,8 @@ except ModuleNotFoundError:  # Windows has no locks of this kind: `own` says so 
 # A trained PPAR module, its flags as a namespace, its step, its folder, and {source: names of the withheld pairs}.
 # Without the last one, the withheld pairs are those that --holdout chooses on the disk as it is.
 Run = namedtuple("Run", "ppar config step path withheld", defaults=({},))
-FLAGS = set("""source targets data_root mapillary holdout harmful clip tau tau_assign beta mask_padding judge_text
-    text_weight amp seed steps method""".split())  # of any run
+FLAGS = set("""out workers reweight source targets data_root mapillary holdout harmful clip tau tau_assign beta
+    mask_padding judge_text text_weight amp seed steps method""".split())  # of any run
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -80,6 +80,9 @@ def write_atomically(path, write):
         reason = " ".join(str(reason).split())[:200]
         raise UserError(f"{path} could not be written ({reason}): the file before it is untouched; make room and try "
                         f"again, a training run with --resume {os.path.dirname(path)}.") from None
+    except BaseException:  # Ctrl-C, or a defect: no half of a file stays behind
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def write_json(path, content):

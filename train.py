@@ -303,6 +303,12 @@ def learning_rate(step, steps, warmup=0.05):
     return (step + 1) / first if step < first else (1 - (step - first) / max(steps - first, 1)) ** 0.9
 
 
+def set_learning_rate(optimizer, rate):
+    """Each group at its own peak, times the factor of the step."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * rate
+
+
 def schedule(config, step):
     """The two numbers that change with the step -> dict(lam=..., ramp=...).
 
@@ -339,6 +345,7 @@ def set_up(config, state, rank, processes, device, layout):
     network = torch.compile(module) if config.compile else module
     if processes > 1:
         network = torch.nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+    module.withheld = names["withheld"]  # for the evaluation after training
     return stream, names, module, network, optimizer
 
 
@@ -376,8 +383,8 @@ class Progress:
     def __init__(self, config, start, rank):
         self.done = start  # steps
         self.saved = start or None  # step of the last checkpoint; None: there is none yet
-        self.time = time.monotonic()  # of the last checkpoint
-        self.every, self.rank = config.save_every, rank
+        self.began = self.time = time.monotonic()  # of this process, and of the last checkpoint
+        self.config, self.rank = config, rank
 
     def save_is_due(self):
         """Whether a checkpoint is due after step `done`.
@@ -385,12 +392,13 @@ class Progress:
         Processes have clocks of their own, and only the first one writes. So only the first one asks its clock.
         No agreement is needed, because the others wait for it at the next exchange of gradients.
         """
-        if self.every:
-            return self.done % self.every == 0
+        if self.config.save_every:
+            return self.done % self.config.save_every == 0
         return self.rank == 0 and time.monotonic() - self.time >= SAVE_SECONDS
 
-    def was_saved(self):
-        """Call it when the checkpoint is written: a slow disk gets as long a rest as a fast one."""
+    def save(self, module, optimizer, names):
+        """Write the checkpoint of step `done`. The ten minutes begin when it is written, also on a slow disk."""
+        checkpoint.save(module, optimizer, self.config, self.done, self.rank, names)
         self.saved, self.time = self.done, time.monotonic()
 
     def kept(self):
@@ -433,31 +441,30 @@ def explain_trouble(config, processes, progress):
 
 def train(config, state, rank, processes, device):
     """Train from the checkpoint `state` (None: from step 0) to the last step -> PPAR. Writes last.pt and log.jsonl."""
-    start = state["step"] if state else 0
-    _, autocast, layout = checkpoint.precision(config.amp, device)
-    progress = Progress(config, start, rank)
+    progress = Progress(config, state["step"] if state else 0, rank)
     with explain_trouble(config, processes, progress):
-        stream, names, module, network, optimizer = set_up(config, state, rank, processes, device, layout)
-    module.withheld = names["withheld"]  # for the evaluation after training
+        return train_steps(config, state, rank, processes, device, progress)
+
+
+def train_steps(config, state, rank, processes, device, progress):
+    """The set-up and the loop of `train`."""
+    start = progress.done
+    _, autocast, layout = checkpoint.precision(config.amp, device)
+    stream, names, module, network, optimizer = set_up(config, state, rank, processes, device, layout)
     loader = open_loader(stream, config, start, rank, processes, device)
-    began = time.perf_counter()
-    bar = tqdm(total=config.steps, initial=start, disable=rank > 0, desc="train", unit="step", dynamic_ncols=True)
     # closing: whatever ends the loop also ends the loader's processes, at once.
     watched = contextlib.closing(watch_labels(loader, config, start, processes, device))
-    explained = explain_trouble(config, processes, progress)
-    with bar, watched as batches, machine.catch_signals() as signals, explained:
+    bar = tqdm(total=config.steps, initial=start, disable=rank > 0, desc="train", unit="step", dynamic_ncols=True)
+    with bar, watched as batches, machine.catch_signals() as signals:
         if state is None:
             # A full disk shows now and not in hour two, and --resume works from the first step on.
-            checkpoint.save(module, optimizer, config, 0, rank, names)
-            progress.was_saved()
+            progress.save(module, optimizer, names)
         for step, (image, label) in zip(range(start, config.steps), batches):
             image = data.normalise(image.to(device, non_blocking=True)).contiguous(memory_format=layout)
             label = label.to(device, non_blocking=True).long()
             rate = learning_rate(step, config.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate
+            set_learning_rate(optimizer, rate)
             optimizer.zero_grad(set_to_none=True)
-
             at = schedule(config, step)
 
             def objective(out, label=label, at=at):
@@ -484,7 +491,7 @@ def train(config, state, rank, processes, device):
             logged = done % LOG_EVERY == 0 or done == config.steps
             if logged:
                 row = describe(terms, at, out, module.otp, label, config, done)
-                row |= dict(lr=config.lr * rate, seconds=round(time.perf_counter() - began, 2))
+                row |= dict(lr=config.lr * rate, seconds=round(time.monotonic() - progress.began, 2))
                 if rank == 0:
                     checkpoint.log(config.out, row)
                 bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "seg", "align", "lam") if row.get(k) is not None})
@@ -493,8 +500,7 @@ def train(config, state, rank, processes, device):
             bar.update()
             progress.done = done
             if progress.save_is_due() or done == config.steps or stopping:
-                checkpoint.save(module, optimizer, config, done, rank, names)
-                progress.was_saved()
+                progress.save(module, optimizer, names)
             if stopping:
                 machine.wait_for_others(device)  # torchrun kills all when one leaves, and the first may still be writing
                 raise UserError(f"stopped by a signal after step {done}, checkpoint written: go on with "

@@ -1,5 +1,6 @@
 """Tests of checkpoint.py: a run comes back as it was saved, hostile files are refused, no crash costs the old file."""
 
+import ast
 import contextlib
 import errno
 import hashlib
@@ -14,10 +15,11 @@ import subprocess
 import time
 from importlib import metadata
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
-from kill_and_resume import difference
+from kill_and_resume import ROOT, difference
 from workbench import CPU
 
 import checkpoint
@@ -353,6 +355,8 @@ def test_a_crash_while_writing_leaves_the_old_file_and_says_why(tmp_path):
             checkpoint.write_atomically(path, crash)
     with pytest.raises(ValueError):
         checkpoint.write_json(path, dict(mean=float("nan")))  # NaN is no JSON
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write_atomically(path, mock.Mock(side_effect=KeyboardInterrupt))
     assert json.loads(path.read_text()) == dict(mean=1.0) and os.listdir(tmp_path) == ["results.json"]
 
 
@@ -360,10 +364,12 @@ def test_a_crash_while_writing_leaves_the_old_file_and_says_why(tmp_path):
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a"), "memory", "Tried to allocate 2.00 GiB"),
     (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), "memory", "MPS backend out of memory (MPS allocated: 9 GB)"),
-    (MemoryError(), "memory", "MemoryError"), (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory", "[Errno 12] Cannot allocate memory"),
+    (MemoryError(), "memory", "MemoryError"),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory", "[Errno 12] Cannot allocate memory"),
     (RuntimeError("Caught MemoryError in DataLoader worker process 0.\nOriginal: out of memory"), "loader", "out of memory"),
     (MemoryError("Caught MemoryError in DataLoader worker process 0.\nOriginal"), "loader", "out of memory"),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"), "loader", "killed by signal: Bus error"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"), 
+     "loader", "killed by signal: Bus error"),
     (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "loader", "exited unexpectedly"),
     (RuntimeError("Failed to find C compiler. Please specify via CC environment variable."), "compiler", "Failed to find C compiler"),
     (type("TritonMissing", (RuntimeError,), dict(__module__="torch._inductor.exc"))("Cannot find a working triton"), "compiler",
@@ -407,6 +413,16 @@ def test_auto_precision_asks_the_processor(monkeypatch):
             name, autocast, layout = checkpoint.precision(amp, CPU)
             with autocast():
                 assert (name == "bf16") == (layout == torch.channels_last) == torch.is_autocast_enabled("cpu") == used
+
+
+@pytest.mark.parametrize("name", ["evaluate.py", "figures.py", "bound.py", "ppar.py"])
+def test_a_checkpoint_without_a_flag_that_is_read_of_a_finished_run_is_refused_when_it_is_loaded(name):
+    """Not later, by an AttributeError: `load_run` asks for FLAGS. `config.x` and `run.config.x` are what is looked for."""
+    read = set()
+    for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and "config" in (getattr(node.value, "id", ""), getattr(node.value, "attr", "")):
+            read.add(node.attr)
+    assert read <= checkpoint.FLAGS and (read or name == "ppar.py")
 
 
 def test_the_doors_of_a_run_share_their_flags(run, tmp_path):
