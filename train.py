@@ -466,7 +466,6 @@ def train(config, state, rank, processes, device):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
             optimizer.zero_grad(set_to_none=True)
-
             at = schedule(config, step)
 
             def objective(out, label=label, at=at):
