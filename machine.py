@@ -8,9 +8,11 @@ pressed Ctrl-C? The answers must not change what is learned. They stand here, so
     precision    bfloat16 where the processor has it, the memory layout that is fast     precision
     threads      one where the maps are small, all cores where they are large            choose_threads
     processes    torchrun starts several; each has a share of every batch                setup_processes
+    backend      NCCL between GPUs; gloo on CPUs, or where processes share a GPU         choose_backend
     sum          a mean over the batch is a sum over all processes, divided once         sum_over_processes
     parts        a batch that does not fit goes through the network in parts             backward_in_parts
     stop         a signal asks; the loop finishes its step, saves, and ends              catch_signals, stop_asked
+                 before and after the loop it ends the program at once, in a sentence    stop_with
     trouble      memory that runs out, a loader's process that dies, no compiler         trouble
 
 Why parts and processes have the same gradient as the whole batch: the loss of a batch is a mean over its pixels, with
@@ -23,37 +25,73 @@ Not here: the loop (train.py), the files of a run (checkpoint.py). torch is impo
 """
 
 import contextlib
+import datetime
+import functools
 import os
 import re
 import signal
 import time
 
-from data import require
+from data import UserError, require
+
+# How long a process waits for another one. NCCL's own limit is ten minutes. The first process may need longer: it
+# downloads CLIP (up to 0.9 GB), and it writes checkpoints (up to 4 GB), perhaps to a slow disk. In the closing
+# evaluation one process may have the larger pictures. Two hours are more than any of these should take.
+PATIENCE = datetime.timedelta(hours=2)
 
 
 def choose_device(name=None):
-    """torch.device of a name, or of the best that is here; UserError if this machine does not have it."""
+    """torch.device of a name, or of the best that is here; UserError if this machine does not have it.
+
+    name   cpu, cuda:0, cuda:1, ...; cuda: the GPU that belongs to this process; None: cuda where there is one
+    An Apple GPU ("mps") is not used, because it has no float64 (ppar.objective sums its weights in float64).
+    """
     import torch
-    here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0))]
-    name = name or ("cuda" if len(here) > 1 else "cpu")
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # one GPU for each process of a machine
-    require(name in here, f"--device {name} cannot be used here: choose from {', '.join(here)}.")
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    if name is None and not gpus and torch.backends.mps.is_available():
+        _say_once("this machine has an Apple GPU, which is not used: it has no float64, in which the loss sums its "
+                  "weights. The run uses the CPU.")
+    require(str(name).split(":")[0] != "mps",
+            f"--device {name} cannot be used: an Apple GPU has no float64, in which the loss sums its weights; "
+            f"give --device cpu.")
+    name = name or ("cuda" if gpus else "cpu")
+    if name == "cuda" and gpus:
+        # Each process of a machine takes a GPU of its own. Where there are more processes than GPUs, they share.
+        name = gpus[int(os.environ.get("LOCAL_RANK", 0)) % len(gpus)]
+    require(name in ["cpu", *gpus], f"--device {name} cannot be used here: choose from {', '.join(['cpu', *gpus])}.")
     return torch.device(name)
+
+
+@functools.cache
+def _say_once(sentence):
+    """Print a sentence, however often it is asked for."""
+    print(sentence)
 
 
 def precision(amp, device):
     """(name of the precision, autocast context, memory layout), the same in training and evaluation.
 
-    bfloat16 has float32's range: no loss scaling, and no overflow to NaN. The layout is what fast convolutions read.
+    amp      bf16, fp32, or auto: bf16 where the processor computes in it, else fp32
+    layout   channels_last (the channels of a pixel lie side by side) or contiguous (a channel's pixels do)
+
+    bfloat16 has float32's range: no loss scaling, and no overflow to NaN. float16 has a smaller range. There the loss is
+    multiplied by a scale, and a step whose gradient overflows is skipped. The skipped steps would differ from method to
+    method, so float16 is not offered. GPUs without bfloat16 compute in float32.
+
+    The layout is the one that the fastest convolutions read. Tensor cores read channels_last. They take bfloat16, and
+    from compute capability 8.0 on (Ampere, 2020) they take float32 as well, rounded to TF32. Older GPUs (V100, T4,
+    2080 Ti) compute float32 without tensor cores. There channels_last costs time and gains nothing: PyTorch's issue
+    44943 measured 2.76 against 1.68 s on a V100.
     """
     import torch
     if device.type == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
+        tf32 = torch.cuda.get_device_capability(device) >= (8, 0)
     else:  # without bf16 arithmetic, a processor emulates it, slower than float32
         able = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+        tf32 = False
     bf16 = amp == "bf16" or (amp == "auto" and able)
-    layout = torch.channels_last if bf16 or device.type == "cuda" else torch.contiguous_format
+    layout = torch.channels_last if bf16 or tf32 else torch.contiguous_format
     return "bf16" if bf16 else "fp32", lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16), layout
 
 
@@ -76,7 +114,11 @@ def choose_threads(sources):
 
 
 def setup_processes(config):
-    """(rank, number of processes, device) of this process. torchrun sets the variables, a plain `python` does not."""
+    """(rank, number of processes, device) of this process. torchrun sets the variables, a plain `python` does not.
+
+    With torchrun, `--device cuda` gives each process of a machine a GPU of its own; `--device cuda:1` gives all of them
+    the same one. Processes that share a GPU rehearse a run on several.
+    """
     import torch
     choose_threads(config.source)
     device = choose_device(config.device)
@@ -91,8 +133,40 @@ def setup_processes(config):
         torch.utils.deterministic.fill_uninitialized_memory = False  # nobody reads it, and filling it takes time
     if not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
         return 0, 1, device
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
+    # A store is a table of words that all processes read and write. Each writes down where it computes.
+    store, rank, processes = next(torch.distributed.rendezvous("env://", timeout=PATIENCE))
+    store.set(f"place of {rank}", _place(device))
+    places = [store.get(f"place of {other}").decode() for other in range(processes)]  # waits for the slowest
+    backend, note = choose_backend(places)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=PATIENCE)
+    if rank == 0 and note:
+        print(note)
+    return rank, processes, device
+
+
+def _place(device):
+    """Where a process computes: "cpu", or the number that a GPU has in all the world."""
+    import torch
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "cpu"
+
+
+def choose_backend(places):
+    """How processes exchange tensors -> (backend for init_process_group, sentence for the user or "").
+
+    places   of every process: "cpu", or the number of its GPU. All processes have the same list, so all choose the same.
+
+    NCCL is the fast way between GPUs, and it refuses two processes on one. gloo goes through the memory of the host. It
+    takes tensors of a shared GPU, too. In all cases gloo exchanges what lies on the CPU.
+    """
+    gpus = set(places) - {"cpu"}
+    if not gpus:
+        return "gloo", ""
+    require("cpu" not in places, f"{places.count('cpu')} of {len(places)} processes have no GPU, the others have one: "
+                                 f"start processes on machines with GPUs alone, or give --device cpu.")
+    if len(gpus) == len(places):
+        return "cpu:gloo,cuda:nccl", ""
+    return "cpu:gloo,cuda:gloo", (f"{len(places)} processes share {len(gpus)} GPU(s), so they exchange over gloo: "
+                                  f"the same training, slower than one process for each GPU.")
 
 
 def is_first():
@@ -116,25 +190,34 @@ def sum_over_processes(x):
     return x
 
 
-def wait_for_others(device):
-    """Return when all processes have come here."""
+def wait_for_others():
+    """Return when all processes have come here. The tensor lies on the CPU, so no GPU waits and NCCL is not asked."""
     import torch
-    sum_over_processes(torch.zeros(1, device=device))
+    sum_over_processes(torch.zeros(1))
 
 
-def take_turns(rank, device, load):
+def take_turns(rank, load):
     """load() in every process, one group after another -> its result.
 
     A CLIP by name is downloaded into a folder that processes share. So the first process of all goes first. Then the
     first process of every other machine goes. The rest find the file in its place.
+
+    If load() raises a UserError in one process, the others do not wait for it in vain: they raise one as well.
     """
+    import torch
     local_rank = os.environ.get("LOCAL_RANK", "0")
     mine = 0 if rank == 0 else 1 if local_rank == "0" else 2
-    result = None
+    result = mistake = None
     for turn in range(3):
         if turn == mine:
-            result = load()
-        wait_for_others(device)
+            try:
+                result = load()
+            except UserError as error:
+                mistake = error
+        failed = sum_over_processes(torch.tensor(0 if mistake is None else 1)).item()
+        if mistake is not None:
+            raise mistake
+        require(not failed, f"process {rank} stops, because another one could not go on; that one says why.")
     return result
 
 
@@ -162,7 +245,7 @@ def backward_in_parts(network, image, size, objective, autocast):
         1. Forward, part by part, without a gradient. Keep the outputs alone.
         2. The loss of the whole batch, and its gradient at the outputs.
         3. Forward again, part by part, and hand each part its share of that gradient.
-    The network is evaluated twice, so a step takes about 1.7 times as long. The gradient is the whole batch's.
+    The network is evaluated twice, so a step takes about 1.5 times as long. The gradient is the whole batch's.
     """
     import torch
     parts = image.split(size)  # views, in whatever memory layout the image has
@@ -193,15 +276,39 @@ def backward_in_parts(network, image, size, objective, autocast):
 # ---------------------------------------------------------------------------------------------------------------- stop
 
 
+def stop_signals():
+    """The signals that ask a program to stop: SIGINT (Ctrl-C), SIGTERM (a scheduler), SIGHUP (its terminal was closed).
+
+    `nohup` starts a program with SIGHUP ignored. Then it is none of them, and stays ignored.
+    """
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
+        numbers.append(signal.SIGHUP)
+    return numbers
+
+
 def outlive_signals(worker):
-    """A loader's process leaves the first stop to the loop: schedulers send it to all, and a step needs its batch."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A loader's process leaves the first stop to the loop: terminals and schedulers send it to all, and a step needs its
+    batch. The loop ends its loaders' processes by SIGTERM, so a second one kills."""
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 @contextlib.contextmanager
+def _handled_by(handle):
+    """While this lasts, handle(number, frame) answers the stop signals; afterwards, whatever did before."""
+    before = {number: signal.signal(number, handle) for number in stop_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def catch_signals():
-    """SIGTERM and Ctrl-C fill a list instead of killing: the loop finishes its step, saves, and stops.
+    """In the loop, a stop signal fills a list instead of killing: the loop finishes its step, saves, and stops.
 
     A second one kills, if it comes seconds later. Not at once, because a terminal, torchrun and a scheduler may each
     hand on the same stop.
@@ -214,12 +321,36 @@ def catch_signals():
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with _handled_by(handle):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def stop_with(words):
+    """Outside of the loop, a stop signal ends what is inside at once, with a sentence. For work that can be done again.
+
+    words   () -> the end of the sentence: what is kept and how to go on. It is called when the signal has come.
+    Raises UserError "stopped by a signal: WORDS".
+
+    The handler raises KeyboardInterrupt, as Ctrl-C does without us. No `except Exception` on the way out swallows it.
+    """
+    owner, received = os.getpid(), []
+
+    def handle(number, frame):
+        if os.getpid() != owner:
+            # A loader's process is forked with this handler in place. It leaves the first stop to its owner, who ends it.
+            signal.signal(number, signal.SIG_DFL)
+            return
+        received.append(time.monotonic())
+        echo = len(received) > 1 and received[-1] - received[0] <= 2  # the same stop, handed on by torchrun
+        if not echo:
+            raise KeyboardInterrupt
+
+    with _handled_by(handle):
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise UserError(f"stopped by a signal: {words()}") from None
 
 
 def stop_asked(signals, processes, together, device):

@@ -20,6 +20,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -85,7 +86,8 @@ class Config:
     freeze: int = option(None, "how many of CLIP's 5 stages stay frozen", ("between 0 and 5", lambda x: 0 <= x <= 5))
     steps: int = option(None, "optimiser steps", POSITIVE)
     batch: int = option(None, "images a step, over all processes", POSITIVE)
-    micro_batch: int = option(0, "images at a time in each process, same loss and gradient; 0: all at once", AT_LEAST_0)
+    micro_batch: int = option(0, "images at a time in each process, for the same loss and gradient: 2 of 8 take half "
+                                 "the memory and 1.5 times the time; 0: all at once", AT_LEAST_0)
     crop: int = option(None, "side of the training crop in pixels", ("at least 32", lambda x: x >= 32))
     lr: float = option(None, "learning rate of the decoder", POSITIVE)
     lr_clip: float = option(None, "factor on it for CLIP's own weights", AT_LEAST_0)
@@ -94,8 +96,10 @@ class Config:
     out: str = option(None, "run folder; default runs/METHOD-SOURCES-seedN")
     resume: str = option(None, "run folder to go on with; its own flags are used, of which "
                                f"{flags(MAY_CHANGE_ON_RESUME)} may change")
-    device: str = option(None, "cpu, cuda, cuda:1, ...; default: cuda where there is one")
-    amp: str = option(None, "bf16 autocast, or auto: where the processor has it", choices=("auto", "bf16", "fp32"))
+    device: str = option(None, "cpu, cuda, cuda:1, ...; default: cuda where there is one (no Apple GPU: no float64)")
+    amp: str = option(None, "bf16 autocast, or auto: where the processor has it, else fp32 (no fp16: it skips steps "
+                            "whose gradient overflows, and not the same ones for every method)",
+                      choices=("auto", "bf16", "fp32"))
     compile: bool = option(False, "torch.compile the network")
     workers: int = option(None, "loader processes; any number gives the same batches", AT_LEAST_0)
     save_every: int = option(0, "steps between checkpoints; 0: ten minutes between them", AT_LEAST_0)
@@ -160,6 +164,9 @@ def configure(given):
 
 if __name__ == "__main__":
     GIVEN = parse(sys.argv[1:])  # here, before torch is imported: --help and a mistyped flag are answered at once
+    # Importing torch takes seconds. Ctrl-C in this time would show where in torch it was.
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("error: stopped by a signal: nothing was begun, "
+                                                     "so give the same command again."))
 
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -276,7 +283,7 @@ def open_network(config, state, rank, device, layout):
         module.net.encoder.freeze(config.freeze)
         report = f"network and CLIP as in {config.out}/last.pt, step {state['step']}"
     else:
-        module, report = machine.take_turns(rank, device, lambda: build(config))
+        module, report = machine.take_turns(rank, lambda: build(config))
     multiple = module.net.encoder.multiple
     require(config.crop % multiple == 0, f"--crop {config.crop} must be a multiple of {multiple} for --clip {config.clip}.")
     if rank == 0:
@@ -338,13 +345,17 @@ def set_up(config, state, rank, processes, device, layout):
     if rank == 0:
         checkpoint.open_folder(config, state["step"] if state else None)
         print(f"source {' + '.join(f'{n} ({len(i)} images)' for n, i in zip(config.source, stream.sources))}, method "
-              f"{config.method}, align {config.align}, reweight {config.reweight}, {processes} process(es) on {device.type}")
+              f"{config.method}, align {config.align}, reweight {config.reweight}, {processes} process(es) on {device.type} "
+              f"in {machine.precision(config.amp, device)[0]}")
     optimizer = make_optimizer(module, config)
     if state:
         checkpoint.load_optimizer(optimizer, state, config.out)
     network = torch.compile(module) if config.compile else module
     if processes > 1:
-        network = torch.nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+        # The statistics of CLIP's BatchNorm and the prototypes are buffers: 331 with RN50. They are equal in all
+        # processes at all times. By default the first process would send them to the others at every forward pass.
+        network = torch.nn.parallel.DistributedDataParallel(
+            network, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
     module.withheld = names["withheld"]  # for the evaluation after training
     return stream, names, module, network, optimizer
 
@@ -494,15 +505,16 @@ def train_steps(config, state, rank, processes, device, progress):
                 row |= dict(lr=config.lr * rate, seconds=round(time.monotonic() - progress.began, 2))
                 if rank == 0:
                     checkpoint.log(config.out, row)
-                bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "seg", "align", "lam") if row.get(k) is not None})
+                shown = {k: f"{row[k]:.3f}" for k in ("loss", "seg", "align", "lam") if row.get(k) is not None}
+                bar.set_postfix(shown, refresh=False)
             stopping = machine.stop_asked(signals, processes, logged, device)
             optimizer.step()
-            bar.update()
             progress.done = done
             if progress.save_is_due() or done == config.steps or stopping:
                 progress.save(module, optimizer, names)
+            bar.update()  # it writes to the terminal, and that may be gone (SIGHUP): so after the checkpoint
             if stopping:
-                machine.wait_for_others(device)  # torchrun kills all when one leaves, and the first may still be writing
+                machine.wait_for_others()  # torchrun kills all when one leaves, and the first may still be writing
                 raise UserError(f"stopped by a signal after step {done}, checkpoint written: go on with "
                                 f"`python train.py --resume {config.out}`.")
     return module
@@ -570,19 +582,28 @@ def closing_words(config, results):
           f"{config.out} --compare OTHER`; every term of the theorem, `python bound.py {config.out}`")
 
 
+def how_to_go_on(out):
+    """What to do after a stop outside of the loop, which saves before it stops."""
+    if (Path(out) / "last.pt").exists():
+        return f"the checkpoint in {out} stays, go on with `python train.py --resume {out}`."
+    return "no step was done yet, so give the same command again."
+
+
 def main(given):
     """Train, evaluate every target once, draw the figures. Errors of the user end in one sentence and exit status 1."""
     try:
         with checkpoint.one_sentence(given.get("out", "run folder")):
-            config, state = continue_run(given) if "resume" in given else (begin_run(given), None)
-            rank, processes, device = setup_processes(config)
-            module = train(config, state, rank, processes, device)
-            run = checkpoint.Run(module.eval(), config, config.steps, Path(config.out), module.withheld)
-            results = evaluate.evaluate_targets(run, rank=rank, processes=processes)
-            if rank == 0 and config.figures:
-                figures.draw_figures(run)
-            if rank == 0:
-                closing_words(config, results)
+            out = given.get("resume") or configure(given).out
+            with machine.stop_with(lambda: how_to_go_on(out)):
+                config, state = continue_run(given) if "resume" in given else (begin_run(given), None)
+                rank, processes, device = setup_processes(config)
+                module = train(config, state, rank, processes, device)
+                run = checkpoint.Run(module.eval(), config, config.steps, Path(config.out), module.withheld)
+                results = evaluate.evaluate_targets(run, rank=rank, processes=processes)
+                if rank == 0 and config.figures:
+                    figures.draw_figures(run)
+                if rank == 0:
+                    closing_words(config, results)
     finally:
         checkpoint.disown()
         machine.end_processes()

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -59,6 +60,13 @@ def _child(arguments, output, environment, scored):
     if not scored:
         train.evaluate.evaluate_targets = lambda *args, **kwargs: dict(targets={}, mean=None)
     train.main(train.parse(arguments))
+
+
+def free_port():
+    """A port of this machine at which processes can meet."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def wait(process):

@@ -20,7 +20,6 @@ from unittest import mock
 import pytest
 import torch
 from kill_and_resume import ROOT, difference
-from workbench import CPU
 
 import checkpoint
 import machine
@@ -387,34 +386,6 @@ def test_the_allocators_of_torch_and_numpy_speak_as_expected():
         assert machine.trouble(caught.value)[0] == "memory"
 
 
-def test_the_second_signal_means_it_but_not_the_echo_of_the_first(monkeypatch):
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    clock, killed = [100.0], []
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(number))
-    with machine.catch_signals() as received:
-        handler = signal.getsignal(signal.SIGTERM)
-        assert signal.getsignal(signal.SIGINT) == handler
-        handler(signal.SIGTERM, None)
-        clock[0] += 1.9
-        handler(signal.SIGTERM, None)  # torchrun hands on what the scheduler has sent already
-        assert len(received) == 2 and not killed
-        clock[0] += 0.2
-        handler(signal.SIGTERM, None)
-        assert killed == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before  # after training, one kills again
-
-
-def test_auto_precision_asks_the_processor(monkeypatch):
-    for capability, able in (("AVX512", True), ("AVX512", False), ("AVX2", True)):
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
-        for amp, used in (("auto", able and capability == "AVX512"), ("bf16", True), ("fp32", False)):
-            name, autocast, layout = checkpoint.precision(amp, CPU)
-            with autocast():
-                assert (name == "bf16") == (layout == torch.channels_last) == torch.is_autocast_enabled("cpu") == used
-
-
 @pytest.mark.parametrize("name", ["evaluate.py", "figures.py", "bound.py", "ppar.py"])
 def test_a_checkpoint_without_a_flag_that_is_read_of_a_finished_run_is_refused_when_it_is_loaded(name):
     """Not later, by an AttributeError: `load_run` asks for FLAGS. `config.x` and `run.config.x` are what is looked for."""
@@ -434,14 +405,3 @@ def test_the_doors_of_a_run_share_their_flags(run, tmp_path):
     with pytest.raises(SystemExit) as end, checkpoint.one_sentence("RUN"):
         raise PermissionError(13, "Permission denied", "RUN/x.png")
     assert end.value.code == "error: RUN/x.png: Permission denied; what was written before stays."
-
-
-@pytest.mark.parametrize("gpus, best, choice", [(0, "cpu", "cpu"), (2, "cuda:1", "cpu, cuda:0, cuda:1")])
-def test_a_device_is_the_best_that_is_here_or_the_one_that_was_asked_for(gpus, best, choice, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "1")  # of torchrun's second process
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert machine.choose_device() == torch.device(best) and machine.choose_device("cpu") == CPU
-    for name in ("meta", "cuda:2", "abacus"):
-        with pytest.raises(UserError, match=f"--device {name} cannot be used here: choose from {choice}."):
-            machine.choose_device(name)

@@ -30,7 +30,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SIZE
-from kill_and_resume import ROOT, command, difference, fork, kill_and_resume, read_log, read_state, same, wait
+from kill_and_resume import ROOT, command, difference, fork, free_port, kill_and_resume, read_log, read_state, same, wait
 from PIL import Image
 from workbench import CPU, TERMS, assert_close, configured, is_one_sentence, largest_difference, main, one_batch, one_step, trained
 
@@ -524,12 +524,6 @@ def test_every_method_starts_from_the_same_network_and_sees_the_same_batches_and
     pictures = [image for run in (full, seed) for image, _ in run[1:]]
     assert not any(torch.equal(a, b) for n, a in enumerate(pictures) for b in pictures[:n])
     assert difference(full[0], seed[0]) is not None
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def start_ranks(number, flags, out, **more):
