@@ -212,7 +212,7 @@ def test_processes_that_share_a_gpu_exchange_over_gloo_and_say_so(places, backen
         monkeypatch.setattr(torch.distributed, "rendezvous", lambda url, timeout: iter([(store, rank, len(places))]))
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-        assert machine.setup_processes(SimpleNamespace(device=None))[:2] == (rank, len(places))
+        assert machine.setup_processes(SimpleNamespace(device=None, source=("gta5",)))[:2] == (rank, len(places))
         (chosen,), options = joined.pop()
         assert chosen == backend and options["timeout"].total_seconds() > 3600  # a download of CLIP takes its time
         said = capsys.readouterr().out
