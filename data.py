@@ -73,6 +73,16 @@ class UserError(ValueError):
     """Something that the user can mend. The message is one sentence: what, where, and the remedy."""
 
 
+def print_any_name():
+    """Let every name be printed. A file's name may be bytes that are no text, and a terminal may know ASCII alone.
+
+    What cannot be written is shown as an escape, such as \\xe9. Without this, printing a name could end a run.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not where a program or a test has put something else in its place
+            stream.reconfigure(errors="backslashreplace")
+
+
 def require(holds, sentence):
     """Refuse, in one sentence, what does not hold."""
     if not holds:
@@ -826,6 +836,7 @@ def main():
     parser.add_argument("--data-root", default="data", help="folder that holds one folder per data set (default: data)")
     parser.add_argument("--mapillary", default="A", choices=("A", "B"), help="66-to-19 mapping (default: A)")
     given = parser.parse_args()
+    print_any_name()
     if not given.check:
         return _demo()
     try:

@@ -10,6 +10,8 @@ pressed Ctrl-C? The answers must not change what is learned. They stand here, so
     sum          a mean over the batch is a sum over all processes, divided once         sum_over_processes
     parts        a batch that does not fit goes through the network in parts             backward_in_parts
     stop         a signal asks; the loop finishes its step, saves, and ends              catch_signals, stop_asked
+    trouble      memory that runs out, a helper that dies, Ctrl-C: one sentence each     say_why, stop_with
+    pictures     matplotlib, whatever window system the environment asks for             import_matplotlib
 
 Why parts and processes have the same gradient as the whole batch: the loss of a batch is a mean over its pixels, with
 weights (Eq. 6) and class counts of the whole batch. Whoever takes the mean of the means of the parts gets another loss.
@@ -22,10 +24,15 @@ Not here: the loop (train.py), the files of a run (checkpoint.py). torch is impo
 
 import contextlib
 import os
+import re
 import signal
 import time
 
-from data import require
+from data import UserError, require
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+# Processes that decode pictures: the cores that this process has, when torchrun starts several on one machine.
+LOADERS = min(16, max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def choose_device(name=None):
@@ -210,6 +217,73 @@ def stop_asked(signals, processes, together, device):
     if not together:
         return False
     return bool(sum_over_processes(torch.tensor(len(signals), device=device)).item())
+
+
+# ------------------------------------------------------------------------------------------------------------- trouble
+
+
+@contextlib.contextmanager
+def stop_with(words):
+    """Ctrl-C or SIGTERM ends what is inside at once, with a sentence. For work that can be done again.
+
+    words   () -> the end of the sentence: what is kept and how to go on. It is called when the signal has come.
+    Training does not use this. It finishes its step first (catch_signals).
+    """
+    numbers = (signal.SIGTERM, signal.SIGINT)
+
+    def stop(number, frame):
+        for each in numbers:  # a terminal and torchrun may each hand on the same stop: the second changes nothing
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise UserError(f"stopped by a signal: {words()}") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def say_why(remedy):
+    """Memory that runs out, and a loader's process that dies, as a UserError in one sentence. Other errors pass.
+
+    remedy   what the user can do where memory runs out, "give ..."
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        # torch has no exception of its own for a CPU: Linux and Windows each have their words.
+        words = ("can't allocate memory", "not enough memory", "CUDA out of memory")
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(w in text for w in words):
+            raise UserError(f"out of memory: {remedy}.") from None
+        if not re.search(r"DataLoader worker .*(killed by signal|exited unexpectedly)", text):
+            raise
+        signals = re.search(r"killed by signal: ([\w ]+)", text)
+        cause = f" ({signals[1]})" if signals else ""
+        raise UserError(f"a process that reads pictures died{cause}: memory may have run out, so give fewer --workers, "
+                        f"or --workers 0.") from None
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def import_matplotlib():
+    """Import matplotlib, whatever the variable MPLBACKEND says. To be called before the first `from matplotlib import`.
+
+    A notebook sets MPLBACKEND to a backend of its own, for every `!python train.py`, too. Where that backend is not
+    installed beside matplotlib, the import itself fails. Our figures go into files and need no backend. So the variable
+    is hidden during the import. Afterwards it counts again, for a caller who draws figures of his own.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    import matplotlib
+    if backend is not None:
+        os.environ["MPLBACKEND"] = backend
+        with contextlib.suppress(ValueError):  # it names nothing that is here
+            matplotlib.rcParams["backend"] = backend
 
 
 def _demo():

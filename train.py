@@ -23,6 +23,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from checkpoint import PROTOCOL, check_protocol  # these two files import no torch
+from machine import LOADERS
+
 # ------------------------------------------------------------------------------------------------------ configuration
 
 POSITIVE = ("positive", lambda x: 0 < x < math.inf)
@@ -73,6 +76,13 @@ class Config:
     lr: float = option(None, "learning rate of the decoder", POSITIVE)
     lr_clip: float = option(None, "factor on it for CLIP's own weights", AT_LEAST_0)
     seed: int = option(0, "of initial weights, data order and augmentation", AT_LEAST_0)
+    # the evaluation that closes the run
+    scale: float = option(*PROTOCOL["scale"][1:])
+    size: tuple[int, ...] = option(*PROTOCOL["size"][1:])
+    height: int = option(*PROTOCOL["height"][1:])
+    slide: int = option(*PROTOCOL["slide"][1:])
+    slide_stride: int = option(*PROTOCOL["slide_stride"][1:])
+    flip: bool = option(*PROTOCOL["flip"][1:])
     # the machine
     out: str = option(None, "run folder; default runs/METHOD-SOURCES-seedN")
     resume: str = option(None, "run folder to go on with; its own flags are used")
@@ -84,8 +94,6 @@ class Config:
     figures: bool = option(True, "draw the figures after the evaluation")
 
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-LOADERS = min(16, max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # the cores that this process has
 # our reading: the abstract names no recipe. Real data: the nearest published ones (README, "Train at scale").
 PRESETS = {
     "real": dict(targets=("cityscapes", "bdd", "mapillary"), harmful=0.0, clip="RN50", stride=16, freeze=3,
@@ -96,7 +104,7 @@ PRESETS = {
 # What --method erm switches off. All else stays, at the same seed to the bit: data, initial weights, optimiser.
 ERM = dict(align="none", reweight=False, text_weight=0.0)
 # What may differ between a run and its continuation. None changes a weight, beyond a device's own rounding.
-MAY_CHANGE_ON_RESUME = {"device", "workers", "save_every", "data_root", "figures"}
+MAY_CHANGE_ON_RESUME = {"device", "workers", "save_every", "data_root", "figures", *PROTOCOL}
 LOG_EVERY = 10  # steps between rows of log.jsonl
 
 
@@ -137,6 +145,7 @@ def configure(given):
     for f in dataclasses.fields(Config):
         rule, value = f.metadata["rule"], getattr(config, f.name)
         require(not rule or rule[1](value), f"{typed(f.name, value)} must be {rule and rule[0]}.")
+    check_protocol(**{name: getattr(config, name) for name in PROTOCOL})
     return config
 
 

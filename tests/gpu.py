@@ -346,7 +346,7 @@ def main(arguments=None):
         Path(given.out).mkdir(parents=True, exist_ok=True)
     sizes, began = SMALL if device.type == "cpu" else FULL, time.perf_counter()
     report = dict(checkpoint.describe(train.configure(dict(device=str(device)))), checks={}, tables={})
-    print(f"{report['device']}, torch {report['versions']['torch']}, CUDA {report['cuda']}, {train.CORES} cores")
+    print(f"{report['device']}, torch {report['versions']['torch']}, CUDA {report['cuda']}, {machine.CORES} cores")
     for name, check in CHECKS.items():
         silence, passed = io.StringIO(), False
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):

@@ -21,6 +21,7 @@ from workbench import scorer, small_net
 import checkpoint
 import data
 import evaluate
+import machine
 from data import UserError
 from evaluate import confusion_matrix, iou, mean_iou, predict
 
@@ -166,7 +167,7 @@ def test_the_input_may_be_brought_to_a_size_or_height_and_windows_are_cut_from_t
 @pytest.mark.parametrize("flags", [dict(scale=0.0), dict(scale=-1.0), dict(slide=-1), dict(slide=32, slide_stride=33), dict(slide_stride=5),
                                    dict(size=(0, 9)), dict(height=-1), dict(size=(9, 9), height=9), dict(scale=0.5, height=9)])
 def test_settings_that_would_leave_pixels_unseen_are_refused(flags):
-    with pytest.raises(UserError, match="--scale"):
+    with pytest.raises(UserError, match=f"--{'|--'.join(flags)}".replace("_", "-")):
         predict(by_window, picture(), (50, 70), **flags)
 
 
@@ -327,6 +328,11 @@ def command(*words):
     evaluate.main(evaluate.parse([str(word) for word in words]))
 
 
+def name_of(folder, *words):
+    """evaluate.file_name of a run folder and flags."""
+    return evaluate.file_name(checkpoint.load_run(folder), evaluate.parse([str(folder), *map(str, words)]))
+
+
 def refused(*words):
     with pytest.raises(SystemExit) as caught:
         command(*words, *(() if "--device" in words else ("--device", "cpu")))
@@ -345,8 +351,8 @@ def test_a_finished_run_is_scored_again_by_command_and_another_protocol_leaves_i
     assert results["run"] == "run" and "bicycle" in (said := capsys.readouterr()).out and "bdd: 100%" in said.err
     assert sorted(path.name for path in run[0].iterdir()) == ["last.pt", "results-slide-32-flip.csv", "results-slide-32-flip.json",
                                                                 "results.json"]
-    named = "RUN --targets acdc idd --size 1024 2048 --mapillary B --workers 3 --device cpu --compare OTHER"
-    assert evaluate.file_name(evaluate.parse(named.split())) == "results-size-1024-2048-targets-acdc-idd-mapillary-B"
+    named = "--targets acdc idd --size 1024 2048 --mapillary B --workers 3 --device cpu --compare OTHER"
+    assert name_of(run[0], *named.split()) == "results-size-1024-2048-targets-acdc-idd-mapillary-B"
 
 
 def test_a_second_runs_scores_are_shown_beside_if_they_were_taken_in_the_same_way(run, capsys):
@@ -372,13 +378,14 @@ def test_mistakes_of_the_user_end_in_one_sentence(run, tmp_path):
         message = refused(*words)
         assert message.startswith("error: ") and re.search(reason, message, re.DOTALL), message
     assert not (run[0] / "results.json").exists()
-    assert vars(evaluate.parse(["run"])).items() >= dict(evaluate.PROTOCOL, workers=2).items()  # where nothing else is asked
+    nothing = dict.fromkeys(evaluate.PROTOCOL)  # the run's own
+    assert vars(evaluate.parse(["run"])).items() >= dict(nothing, workers=machine.LOADERS).items()  # where nothing else is asked
     for words in (["run", "--slid", "3"], ["run", "--fli"], ["run", "--mapillary", "C"], ["run", "--scale", "big"]):
         with pytest.raises(SystemExit):  # no flag is abbreviated
             evaluate.parse(words)
 
 
-@pytest.mark.parametrize("door", ["evaluate.py", "figures.py", "bound.py", "data.py"])
+@pytest.mark.parametrize("door", ["train.py", "evaluate.py", "figures.py", "bound.py", "data.py"])
 def test_help_and_a_misspelt_flag_are_answered_before_torch_is_imported(door, tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('imported too early')")
     for flag, status in (("--help", 0), ("--targ", 2)):

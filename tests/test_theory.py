@@ -492,7 +492,8 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "load_pair", load_pair)
     torch.manual_seed(4)
     config = SimpleNamespace(source=["src"], targets=["far"], data_root="unused", tau=0.1, seed=0, holdout=3, harmful=0.2,
-                             reweight=True, judge_text=0.3, text_weight=0.3, method="ppar", mapillary="B", out=str(tmp_path))
+                             reweight=True, judge_text=0.3, text_weight=0.3, method="ppar", mapillary="B", out=str(tmp_path),
+                             amp="fp32")
     return checkpoint.Run(Tiny(), config, 7, tmp_path), list_items("src", "", "train"), calls
 
 
