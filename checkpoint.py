@@ -76,11 +76,18 @@ def write_atomically(path, write):
             os.fsync(file.fileno())  # the data must be on the disk before the name is
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        while error.__context__ is not None:  # torch reports a full disk as a position in its own source; the
-            error = error.__context__  # system's reason lies below it
+        # torch reports a full disk as a position in its own source, and the system's reason lies below it. Pillow first
+        # tries another way of writing, so that below the system's reason there lies an error that says nothing.
+        reason = error
+        while error is not None:
+            reason = error if isinstance(error, OSError) else reason
+            error = error.__context__
         Path(temporary).unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({' '.join(str(error).split())[:200]}): the file before it is untouched; "
+        raise UserError(f"{path} could not be written ({' '.join(str(reason).split())[:200]}): the file before it is untouched; "
                         f"make room and try again, a training run with --resume {os.path.dirname(path)}.") from None
+    except BaseException:  # Ctrl-C
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def write_json(path, content):

@@ -32,6 +32,7 @@ import argparse
 import contextlib
 import csv
 import functools
+import gc
 import io
 import json
 import math
@@ -264,8 +265,7 @@ def evaluate_dataset(score, items, mapillary="A", protocol=PROTOCOL, device="cpu
     loader = torch.utils.data.DataLoader(
         items, batch_size=None, collate_fn=functools.partial(_load, mapillary),
         generator=torch.Generator(),  # of its own: a loader's seed must not move the global random numbers of training
-        num_workers=int(min(workers, len(items), room)), pin_memory=torch.device(device).type == "cuda",
-        worker_init_fn=machine.outlive_signals)
+        num_workers=int(min(workers, len(items), room)), pin_memory=torch.device(device).type == "cuda")
     conf = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64)
 
     def count(pred, label):
@@ -460,6 +460,8 @@ def _score_target(run, score, target, items, protocol, rank, processes):
                                     run.config.workers, None if rank else target)
     except UserError as error:
         problem = checkpoint.sentence(error)
+    if problem:
+        gc.collect()  # the error's traceback holds the loader's processes and the device's memory: the next target needs both
     if processes > 1:  # a process that has a problem must come here, too, or the others would wait for ever
         told = [None] * processes
         torch.distributed.all_gather_object(told, (conf, problem))

@@ -255,7 +255,7 @@ def say_why(remedy):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        text = str(error)
+        text = f"{error} {error.__cause__}"  # of a process that died, torch tells the signal in the cause
         # torch has no exception of its own for a CPU: Linux and Windows each have their words.
         words = ("can't allocate memory", "not enough memory", "CUDA out of memory")
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(w in text for w in words):

@@ -555,6 +555,7 @@ def break_file(root, name, change=lambda file: file.write_bytes(file.read_bytes(
 def test_a_broken_file_costs_its_own_target_alone_and_the_sentence_says_that_the_others_are_kept(three, broken, workers, capsys):
     file = break_file(three[1], broken)
     sentence = refused(three[0], "--workers", workers)
+    assert not multiprocessing.active_children()  # the loader's processes have ended, too
     kept = [name for name in ("cityscapes", "bdd", "idd") if name != broken]
     assert file in sentence and f"1 of 3 targets could not be scored. {broken}: " in sentence and "Traceback" not in sentence
     assert f"keeps the scores of {', '.join(kept)}, without a mean" in sentence and f"python evaluate.py {three[0]}`" in sentence
