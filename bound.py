@@ -26,19 +26,30 @@ Not here: the proofs (theory.md), the losses that move the terms (align.py, rewe
 import sys
 
 import checkpoint
+import machine
 
-parse = checkpoint.run_flags("Measure every term of the theorem for a finished run.").parse_args
+LIMIT = 200  # pictures of each data set, unless told otherwise: a class's mean over 200 pictures moves little
+
+
+def parse(arguments):
+    """The command line."""
+    p = checkpoint.run_flags("Measure every term of the theorem for a finished run.")
+    p.add_argument("--limit", type=int, default=LIMIT, metavar="N",
+                   help=f"read N pictures of each data set, evenly spaced; 0: all of them (default: {LIMIT})")
+    return p.parse_args(arguments)
+
 
 if __name__ == "__main__":  # before the imports that take seconds, so that --help and a misspelt flag answer at once
     ARGS = parse(sys.argv[1:])
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import align
 import data
 import ppar
-from evaluate import find_targets
+from evaluate import find_targets, make_look
 
 
 def score_loss(emb, label, prototypes, tau):
@@ -109,12 +120,16 @@ def pixel_terms(z, y, otp, tau):
 
 
 @torch.no_grad()
-def measure(run, items, limit, weights=False):
-    """The labelled pixels (cells) of `limit` images of a domain, evenly spaced (0: all) -> {name: (N,)} as in pixel_terms."""
+def measure(run, items, limit, weights=False, title=None):
+    """The labelled pixels (cells) of `limit` images of a domain, evenly spaced (0: all) -> {name: (N,)} as in pixel_terms.
+
+    weights  whether the learning weights of Eq. 6 are among them    title  of a progress bar; None: no bar
+    """
     config, otp, images = run.config, run.ppar.otp, []
-    for item in data.evenly(items, limit or len(items)):
+    look = make_look(run.ppar, config)
+    for item in tqdm(data.evenly(items, limit or len(items)), title, unit="image", disable=not title):
         image, label = data.load_pair(item, config.mapillary)
-        out, full, grid = ppar.look(run.ppar, data.to_tensor(image), label)
+        out, full, grid = look(data.to_tensor(image), label)
         valid = grid[0] != data.VOID
         terms = pixel_terms(out.emb[0].permute(1, 2, 0)[valid].float(), grid[0][valid], otp, config.tau)
         if weights:  # Eq. 6 at the end of the ramp, which stays at 0 in a run without weights
@@ -170,30 +185,34 @@ def describe(source, domain, otp, tau):
     return dict(row, holds=all(a <= b + 1e-5 * max(1.0, b) for a, b in claims))  # up to the rounding of float32
 
 
-def measure_run(run, limit=200):
+def measure_run(run, limit=LIMIT):
     """Measure a checkpoint.Run on its source and on every target; print and store the terms -> the report (a dict).
+
+    limit  images of each data set, evenly spaced; 0: all
 
     The source S is the training split as it lies on the disk, wrong labels included: whole images, no augmentation.
     Its held-out split is a target without domain shift: what is left is having learnt the one and not the other.
     """
-    config, otp = run.config, run.ppar.otp.cpu().float()
-    print(f"Measuring {run.path / 'bound.json'}; targets are read here for analysis only, after training.")
-    trained = [
-        data.list_items(name, config.data_root, "train", config.holdout, config.harmful, run.withheld.get(name))
-        for name in config.source]
-    domains = {"source": mixture([measure(run, items, limit, weights=True) for items in trained])}
-    try:
-        held_out = [
-            data.list_items(name, config.data_root, "val", config.holdout, withheld=run.withheld.get(name))
-            for name in config.source]
-        domains["source held out"] = mixture([measure(run, items, limit) for items in held_out])
-    except data.UserError as error:
-        print(f"no held-out source row: {error}")
-    domains.update((name, measure(run, items, limit)) for name, items in find_targets(run).items())
+    data.require(limit >= 0, f"--limit {limit} cannot be negative: 0 reads all pictures.")
+    config, file, otp = run.config, run.path / "bound.json", run.ppar.otp.cpu().float()
+    print(f"Measuring {file}; targets are read here for analysis only, after training.")
+    again = f"{file} has not been changed; measure anew with `python bound.py {run.path}`, or fewer pictures with --limit N."
+    with machine.stop_with(lambda: again), machine.say_why(f"measure fewer pictures with `python bound.py {run.path} --limit N`"):
+        trained = [(name, data.list_items(name, config.data_root, "train", config.holdout, config.harmful, run.withheld.get(name)))
+                   for name in config.source]
+        domains = {"source": mixture([measure(run, items, limit, weights=True, title=name) for name, items in trained])}
+        try:
+            withheld = [(name, data.list_items(name, config.data_root, "val", config.holdout, withheld=run.withheld.get(name)))
+                        for name in config.source]
+            domains["source held out"] = mixture([measure(run, items, limit, title=f"{name} held out") for name, items in withheld])
+        except data.UserError as error:
+            print(f"no held-out source row: {error}")
+        for name, items in find_targets(run).items():
+            domains[name] = measure(run, items, limit, title=name)
     rows = {name: describe(domains["source"], domain, otp, config.tau) for name, domain in domains.items()}
     report = dict(run=str(run.path), step=run.step, method=config.method, source=list(config.source), seed=config.seed,
                   tau=config.tau, domains=rows)
-    checkpoint.write_json(run.path / "bound.json", report)
+    checkpoint.write_json(file, report)
     print_bound(report)
     return report
 
@@ -231,4 +250,4 @@ if __name__ == "__main__":
         _demo()
     else:
         with checkpoint.one_sentence(ARGS.run):
-            measure_run(checkpoint.open_run(ARGS))
+            measure_run(checkpoint.open_run(ARGS), ARGS.limit)

@@ -26,6 +26,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -39,7 +40,7 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
-from data import UserError, check_sums, require
+from data import UserError, check_sums, print_any_name, require
 from machine import choose_device, choose_threads, precision
 
 try:
@@ -50,11 +51,37 @@ except ModuleNotFoundError:  # Windows has no locks of this kind: `own` says so 
 # A trained PPAR module, its flags as a namespace, its step, its folder, and {source: names of the withheld pairs}.
 # Without the last one, the withheld pairs are those that --holdout chooses on the disk as it is.
 Run = namedtuple("Run", "ppar config step path withheld", defaults=({},))
+Flag = namedtuple("Flag", "kind default help rule")  # rule: (the rule in words, value -> whether it is kept)
 FLAGS = set("""out workers reweight source targets data_root mapillary holdout harmful clip tau tau_assign beta
     mask_padding judge_text text_weight amp seed steps method""".split())  # of any run
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------------------- how to score
+
+# How a score is taken: the flags of train.py for the evaluation that closes a run, and of evaluate.py for a later one.
+_LEAST_0 = ("at least 0", lambda x: x is None or x >= 0)
+PROTOCOL = dict(
+    scale=Flag(float, 1.0, "evaluation: resize the input by this factor; scores return to the label's size",
+               ("positive", lambda x: 0 < x < math.inf)),
+    size=Flag(int, None, "evaluation: or resize the input to this size, H W, e.g. 1024 2048",
+              ("two positive numbers, H and W", lambda x: x is None or len(x) == 2 and min(x) > 0)),
+    height=Flag(int, 0, "evaluation: or to this height, its proportions kept, e.g. 1536; 0: not", _LEAST_0),
+    slide=Flag(int, None, "evaluation: side of a sliding window in pixels (less memory); 0: the whole image at once; "
+                          "left away: the training crop for a ViT, 0 for a ResNet", _LEAST_0),
+    slide_stride=Flag(int, 0, "evaluation: step from window to window in pixels; 0: 2/3 of --slide", _LEAST_0),
+    flip=Flag(bool, False, "evaluation: average with the mirrored image", ("yes or no", lambda x: True)),
+)
+
+
+def check_protocol(scale=1.0, size=None, height=0, slide=0, slide_stride=0, flip=False):
+    """Refuse values of these flags that cannot be, alone or together. slide None: not decided yet."""
+    for name, value in dict(scale=scale, size=size, height=height, slide=slide, slide_stride=slide_stride).items():
+        words, kept = PROTOCOL[name].rule
+        require(kept(value), f"--{name.replace('_', '-')} {value} must be {words}.")
+    require((scale != 1) + bool(size) + bool(height) <= 1,
+            "--scale, --size and --height say the same thing in three ways: give one.")
+    require(slide is None or slide_stride <= slide,
+            f"--slide-stride {slide_stride} is larger than --slide {slide}: pixels between windows would go unseen.")
 
 
 def write_atomically(path, write):
@@ -414,14 +441,19 @@ def open_run(args):
     return run
 
 
+def sentence(error):
+    """The sentence of a UserError. A loader's process wraps its error into its own traceback, and the sentence is the end of it."""
+    return str(error).strip().rsplit("UserError: ", 1)[-1]
+
+
 @contextlib.contextmanager
 def one_sentence(folder):
     """A mistake of the user, or a disk that fails, ends the program in one sentence and exit status 1."""
+    print_any_name()
     try:
         yield
     except UserError as error:
-        # A loader's process wraps its error into its own traceback; the sentence is the end of it.
-        sys.exit(f"error: {str(error).strip().rsplit('UserError: ', 1)[-1]}")
+        sys.exit(f"error: {sentence(error)}")
     except OSError as error:  # a full disk, a folder that may not be written
         sys.exit(f"error: {error.filename or folder}: {error.strerror or error}; what was written before stays.")
 

@@ -78,6 +78,8 @@ LARGEST = 0.75           # of the labelled pixels, for the largest class: road a
 JITTER = 0.4             # brightness, contrast and saturation are multiplied by 0.6 .. 1.4
 HUE = 0.1                # turns of the colour circle, either way
 BLUR = (0.5, 0.15, 1.3)  # probability, least and largest sigma in pixels
+# The cores that this process may use: fewer than the machine has, in a container or a queue.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 PATIENCE = 10            # bad pairs in a row that training survives
 NOT_OFFICIAL = "these are not the official labels, or a program has changed them; fetch them again"
 
@@ -94,6 +96,14 @@ def check_sums(path):
     with zipfile.ZipFile(path) as archive:
         if part := archive.testzip():
             raise zipfile.BadZipFile(f"the check sum of {part} differs")
+def print_any_name():
+    """Let every name be printed. A file's name may be bytes that are no text, and a terminal may know ASCII alone.
+
+    What cannot be written is shown as an escape, such as \\xe9. Without this, printing a name could end a run.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not where a program or a test has put something else in its place
+            stream.reconfigure(errors="backslashreplace")
 
 
 def require(holds, sentence):
@@ -914,7 +924,6 @@ def _examine(item):
 UNPACKED = ".ppm"
 UNFINISHED = "unfinished"  # a folder in the target: a data set leaves it when all of its files are there
 MARK = "unpacked.json"     # a file in an unpacked data set: where its files came from
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 GREY = [level for level in range(256) for _ in range(3)]  # a palette that shows id 7 as grey 7
 
 
@@ -1247,6 +1256,7 @@ def main():
     parser.add_argument("--data-root", default="data", help="folder that holds one folder per data set (default: data)")
     parser.add_argument("--mapillary", default="A", choices=("A", "B"), help="66-to-19 mapping (default: A)")
     given = parser.parse_args()
+    print_any_name()
     try:
         require(bool(given.unpack) == bool(given.into),
                 "--unpack and --into belong together: give --unpack NAME --into FOLDER.")

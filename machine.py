@@ -13,7 +13,8 @@ pressed Ctrl-C? The answers must not change what is learned. They stand here, so
     parts        a batch that does not fit goes through the network in parts             backward_in_parts
     stop         a signal asks; the loop finishes its step, saves, and ends              catch_signals, stop_asked
                  before and after the loop it ends the program at once, in a sentence    stop_with
-    trouble      memory that runs out, a loader's process that dies, no compiler         trouble
+    trouble      memory that runs out, a loader's process that dies, no compiler         trouble, say_why
+    pictures     matplotlib, whatever window system the environment asks for             import_matplotlib
 
 Why parts and processes have the same gradient as the whole batch: the loss of a batch is a mean over its pixels, with
 weights (Eq. 6) and class counts of the whole batch. Whoever takes the mean of the means of the parts gets another loss.
@@ -32,12 +33,14 @@ import re
 import signal
 import time
 
-from data import UserError, require
+from data import CORES, UserError, require
 
 # How long a process waits for another one. NCCL's own limit is ten minutes. The first process may need longer: it
 # downloads CLIP (up to 0.9 GB), and it writes checkpoints (up to 4 GB), perhaps to a slow disk. In the closing
 # evaluation one process may have the larger pictures. Two hours are more than any of these should take.
 PATIENCE = datetime.timedelta(hours=2)
+# Processes that decode pictures: the cores that this process has, when torchrun starts several on one machine.
+LOADERS = min(16, max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def choose_device(name=None):
@@ -389,6 +392,44 @@ def trouble(error):
     if type(error).__module__.startswith(compilers) or re.search(r"C(\+\+)? compiler", text):
         return "compiler", reason
     return None, reason
+
+
+@contextlib.contextmanager
+def say_why(remedy):
+    """Memory that runs out, and a loader's process that dies, as a UserError in one sentence. Other errors pass.
+
+    remedy   what the user can do where memory runs out, "give ..."
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        kind, _ = trouble(error)
+        if kind == "memory":
+            raise UserError(f"out of memory: {remedy}.") from None
+        if kind != "loader":
+            raise
+        signals = re.search(r"killed by signal: ([\w ]+)", f"{error} {error.__cause__}")  # torch tells it in the cause
+        cause = f" ({signals[1]})" if signals else ""
+        raise UserError(f"a process that reads pictures died{cause}: memory may have run out, so give fewer --workers, "
+                        f"or --workers 0.") from None
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def import_matplotlib():
+    """Import matplotlib, whatever the variable MPLBACKEND says. To be called before the first `from matplotlib import`.
+
+    A notebook sets MPLBACKEND to a backend of its own, for every `!python train.py`, too. Where that backend is not
+    installed beside matplotlib, the import itself fails. Our figures go into files and need no backend. So the variable
+    is hidden during the import. Afterwards it counts again, for a caller who draws figures of his own.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    import matplotlib
+    if backend is not None:
+        os.environ["MPLBACKEND"] = backend
+        with contextlib.suppress(ValueError):  # it names nothing that is here
+            matplotlib.rcParams["backend"] = backend
 
 
 def _demo():

@@ -27,7 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import data  # first of ours: it refuses a Python that is too old
+from checkpoint import PROTOCOL, check_protocol  # these files import no torch
 from data import UserError, require
+from machine import LOADERS
 
 # ------------------------------------------------------------------------------------------------------ configuration
 
@@ -40,7 +42,7 @@ RAMP = ("two fractions of the run, at least 0, rising, at most 1", lambda x: len
 # What may differ between a run and its continuation. None changes a number, beyond rounding. (CLIP's weights are
 # in the checkpoint. Its file is read for a figure alone, and must be the same one.)
 MAY_CHANGE_ON_RESUME = {
-    "device", "workers", "save_every", "data_root", "figures", "micro_batch", "compile", "clip"}
+    "device", "workers", "save_every", "data_root", "figures", "micro_batch", "compile", "clip", *PROTOCOL}
 
 
 def flags(names):
@@ -92,6 +94,13 @@ class Config:
     lr: float = option(None, "learning rate of the decoder", POSITIVE)
     lr_clip: float = option(None, "factor on it for CLIP's own weights", AT_LEAST_0)
     seed: int = option(0, "of initial weights, data order and augmentation", AT_LEAST_0)
+    # the evaluation that closes the run
+    scale: float = option(*PROTOCOL["scale"][1:])
+    size: tuple[int, ...] = option(*PROTOCOL["size"][1:])
+    height: int = option(*PROTOCOL["height"][1:])
+    slide: int = option(*PROTOCOL["slide"][1:])
+    slide_stride: int = option(*PROTOCOL["slide_stride"][1:])
+    flip: bool = option(*PROTOCOL["flip"][1:])
     # the machine
     out: str = option(None, "run folder; default runs/METHOD-SOURCES-seedN")
     resume: str = option(None, "run folder to go on with; its own flags are used, of which "
@@ -106,8 +115,6 @@ class Config:
     figures: bool = option(True, "draw the figures after the evaluation")
 
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-LOADERS = min(16, max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # the cores that this process has
 # our reading: the abstract names no recipe. Real data: the nearest published ones (README, "Train at scale").
 PRESETS = {
     "real": dict(targets=("cityscapes", "bdd", "mapillary"), harmful=0.0, clip="RN50", stride=16, freeze=3,
@@ -159,6 +166,7 @@ def configure(given):
     for f in dataclasses.fields(Config):
         rule, value = f.metadata["rule"], getattr(config, f.name)
         require(not rule or rule[1](value), f"{typed(f.name, value)} must be {rule and rule[0]}.")
+    check_protocol(**{name: getattr(config, name) for name in PROTOCOL})
     return config
 
 
@@ -537,17 +545,13 @@ def continue_run(given):
     state = checkpoint.read(folder)
     try:
         own = dict(state["config"])
-        new = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(Config) if f.name not in own]
-        require(not new, f"{folder}/last.pt was written by an earlier train.py, which had no {', '.join(new)}: go on with the "
-                f"commit that {folder}/run.json names, or start a new run with --out.")
+        missing = {f.name for f in dataclasses.fields(Config)} - set(own) - MAY_CHANGE_ON_RESUME
+        require(not missing, f"{folder}/last.pt was written by an earlier train.py, which had no {flags(missing)}: go on with the "
+                             f"commit that {folder}/run.json names, or start a new run with --out.")
         for name, value in given.items():
             require(name in MAY_CHANGE_ON_RESUME or value == own.get(name),
                     f"{typed(name, value)} differs from the run's own {typed(name, own.get(name))}: a resumed run keeps its "
                     f"flags, only {flags(MAY_CHANGE_ON_RESUME)} may change; start a new run with --out.")
-        missing = {f.name for f in dataclasses.fields(Config)} - set(own) - MAY_CHANGE_ON_RESUME
-        require(not missing,
-                f"{folder}/last.pt was written by another version of train.py, without {flags(missing)}: go on "
-                f"with that version ({folder}/run.json names the commit), or start a new run.")
         config = configure({**own, **given, "out": folder})
         if not 0 <= state["step"] <= config.steps:
             raise TypeError

@@ -7,11 +7,13 @@ import json
 import sys
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import checkpoint  # noqa: E402
+import machine  # noqa: E402
+
+machine.import_matplotlib()
+from matplotlib.figure import Figure  # noqa: E402
 
 
 def draw(report, file):

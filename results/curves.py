@@ -26,7 +26,6 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 
 import ablate
 from ablate import HERE, ROWS, TARGETS
@@ -41,6 +40,8 @@ import ppar  # noqa: E402
 import prototypes  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
+
+from matplotlib.figure import Figure  # noqa: E402, after train.py, which imports matplotlib whatever MPLBACKEND says
 
 CURVES = {"harmful": (0, 0.1, 0.3, 0.5), "steps": (50, 100, 200, 400, 800), "lr-clip": (0.03, 0.1, 0.3), "scenes": (50, 100, 200, 400),
           "balance": (0, 0.5, 1)}

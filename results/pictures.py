@@ -18,8 +18,6 @@ import sys
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
@@ -30,6 +28,9 @@ import data  # noqa: E402
 import figures  # noqa: E402
 import toy  # noqa: E402
 from evaluate import make_scorer, predict  # noqa: E402
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402, after figures.py, which imports matplotlib whatever MPLBACKEND says
 
 
 def task(path):

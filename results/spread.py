@@ -32,6 +32,8 @@ def read(folders, file, classes=False):
         try:
             results = json.loads((folder / file).read_text())
             row = {name: target["miou"] for name, target in results["targets"].items()} | dict(mean=results["mean"])
+            if results.get("not_scored"):
+                raise ValueError("a mean over fewer targets than the others have")
             row = by_class(results) if classes else row
             how = {name: results[name] for name in TAKEN} | dict(images={n: t["images"] for n, t in results["targets"].items()})
         except (OSError, ValueError, KeyError, TypeError):

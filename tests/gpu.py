@@ -628,7 +628,7 @@ def one_protocol(score, flags, items, device):
     }
 
     def scored(some):
-        workers = min(8, train.CORES)
+        workers = min(8, machine.CORES)
         conf = evaluate.evaluate_dataset(score, some, protocol=protocol, device=device, workers=workers)
         assert conf.sum() > 0, "no pixel was scored"
 
@@ -905,7 +905,7 @@ def main(arguments=None):
             checkpoint.write_json(Path(given.out) / "gpu.json", report)
 
         versions = f"torch {report['versions']['torch']}, CUDA {report['cuda']}"
-        print(f"{report['device']}, {versions}, {train.CORES} cores")
+        print(f"{report['device']}, {versions}, {machine.CORES} cores")
         guess = sum(sizes["seconds"].get(name, 0) for name in names)
         print(f"{len(names)} parts, about {guess} s by the estimate", flush=True)
         with contextlib.ExitStack() as stack:

@@ -1,10 +1,15 @@
 """evaluate.py against independent counts, published evaluators, and the ways in which scores go wrong unnoticed."""
 
 import csv
+import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import re
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +21,13 @@ import torch
 import torch.nn.functional as F
 from conftest import VOID, write_tiny
 from PIL import Image
-from workbench import scorer, small_net
+from workbench import main, scorer, small_net
 
 import checkpoint
 import data
 import evaluate
+import machine
+import train
 from data import UserError
 from evaluate import confusion_matrix, iou, mean_iou, predict
 
@@ -166,7 +173,7 @@ def test_the_input_may_be_brought_to_a_size_or_height_and_windows_are_cut_from_t
 @pytest.mark.parametrize("flags", [dict(scale=0.0), dict(scale=-1.0), dict(slide=-1), dict(slide=32, slide_stride=33), dict(slide_stride=5),
                                    dict(size=(0, 9)), dict(height=-1), dict(size=(9, 9), height=9), dict(scale=0.5, height=9)])
 def test_settings_that_would_leave_pixels_unseen_are_refused(flags):
-    with pytest.raises(UserError, match="--scale"):
+    with pytest.raises(UserError, match=f"--{'|--'.join(flags)}".replace("_", "-")):
         predict(by_window, picture(), (50, 70), **flags)
 
 
@@ -327,6 +334,11 @@ def command(*words):
     evaluate.main(evaluate.parse([str(word) for word in words]))
 
 
+def name_of(folder, *words):
+    """evaluate.file_name of a run folder and flags."""
+    return evaluate.file_name(checkpoint.load_run(folder), evaluate.parse([str(folder), *map(str, words)]))
+
+
 def refused(*words):
     with pytest.raises(SystemExit) as caught:
         command(*words, *(() if "--device" in words else ("--device", "cpu")))
@@ -345,8 +357,8 @@ def test_a_finished_run_is_scored_again_by_command_and_another_protocol_leaves_i
     assert results["run"] == "run" and "bicycle" in (said := capsys.readouterr()).out and "bdd: 100%" in said.err
     assert sorted(path.name for path in run[0].iterdir()) == ["last.pt", "results-slide-32-flip.csv", "results-slide-32-flip.json",
                                                                 "results.json"]
-    named = "RUN --targets acdc idd --size 1024 2048 --mapillary B --workers 3 --device cpu --compare OTHER"
-    assert evaluate.file_name(evaluate.parse(named.split())) == "results-size-1024-2048-targets-acdc-idd-mapillary-B"
+    named = "--targets acdc idd --size 1024 2048 --mapillary B --workers 3 --device cpu --compare OTHER"
+    assert name_of(run[0], *named.split()) == "results-size-1024-2048-targets-acdc-idd-mapillary-B"
 
 
 def test_a_second_runs_scores_are_shown_beside_if_they_were_taken_in_the_same_way(run, capsys):
@@ -372,16 +384,326 @@ def test_mistakes_of_the_user_end_in_one_sentence(run, tmp_path):
         message = refused(*words)
         assert message.startswith("error: ") and re.search(reason, message, re.DOTALL), message
     assert not (run[0] / "results.json").exists()
-    assert vars(evaluate.parse(["run"])).items() >= dict(evaluate.PROTOCOL, workers=2).items()  # where nothing else is asked
+    nothing = dict.fromkeys(evaluate.PROTOCOL)  # the run's own
+    assert vars(evaluate.parse(["run"])).items() >= dict(nothing, workers=machine.LOADERS).items()  # where nothing else is asked
     for words in (["run", "--slid", "3"], ["run", "--fli"], ["run", "--mapillary", "C"], ["run", "--scale", "big"]):
         with pytest.raises(SystemExit):  # no flag is abbreviated
             evaluate.parse(words)
 
 
-@pytest.mark.parametrize("door", ["evaluate.py", "figures.py", "bound.py", "data.py"])
+@pytest.mark.parametrize("door", ["train.py", "evaluate.py", "figures.py", "bound.py", "data.py"])
 def test_help_and_a_misspelt_flag_are_answered_before_torch_is_imported(door, tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('imported too early')")
     for flag, status in (("--help", 0), ("--targ", 2)):
         done = subprocess.run([sys.executable, Path(evaluate.__file__).with_name(door), flag], capture_output=True, text=True, check=False,
                               env={**os.environ, "PYTHONPATH": str(tmp_path)})
         assert done.returncode == status and "usage" in done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- windows, device, host
+
+
+def test_counting_in_parts_counts_every_pixel_once():
+    pred, label = (np.random.default_rng(seed).integers(0, 19, (601, 907)).astype(np.uint8) for seed in (0, 1))
+    label[0] = VOID
+    expected = np.zeros((19, 19), int)
+    np.add.at(expected, (label[1:].ravel(), pred[1:].ravel()), 1)
+    assert pred.size > 2 * 2 ** 18 and (confusion_matrix(pred, label, 19).numpy() == expected).all()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("together", [2, 5, 99])
+def test_windows_in_batches_give_the_prediction_of_windows_one_by_one(together, flip):
+    """A scorer without rounding of its own: the same bits. A batch holds as many as asked for, the last one the rest."""
+    batches = []
+
+    def by_place(image):
+        batches.append(len(image))
+        return (image * torch.linspace(0.5, 2, image.shape[3])).log_softmax(1)
+
+    one, several = (predict(by_place, picture(), (50, 70), slide=20, flip=flip, together=n) for n in (1, together))
+    assert (one == several).all() and len(set(one.ravel().tolist())) == 3
+    number = 4 * 5  # windows of 20 every 13 pixels, on 50 x 70
+    sizes = [together] * (number // together) + [number % together] * (number % together > 0)
+    views = 2 if flip else 1
+    assert batches == [1] * number * views + [size for size in sizes for _ in range(views)]
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
+def test_a_network_scores_windows_in_a_batch_as_it_scores_them_alone_up_to_rounding(kind, otp):
+    net = small_net(kind)
+    score, windows = scorer(net, otp, 0.3), torch.randn(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    alone = torch.cat([score(window[None]) for window in windows])
+    assert torch.allclose(score(windows), alone, atol=1e-4) and not torch.allclose(score(windows.flip(0)), alone, atol=1e-2)
+
+
+def test_the_host_counts_a_picture_while_the_device_works_on_the_next(monkeypatch, run, net, otp):
+    items, told, start = data.list_items("bdd", run[1]["data_root"], "val"), [], evaluate._start_prediction
+
+    def watched(*words, **flags):
+        number = sum("start" in line for line in told)
+        told.append(f"start {number}")
+        wait = start(*words, **flags)
+        return lambda: told.append(f"wait {number}") or wait()
+
+    monkeypatch.setattr(evaluate, "_start_prediction", watched)
+    evaluate.evaluate_dataset(scorer(net, otp), items)
+    assert told == ["start 0", "start 1", "wait 0", "start 2", "wait 1", "wait 2"]
+    assert evaluate.evaluate_dataset(scorer(net, otp), []).sum() == 0
+
+
+def test_on_a_gpu_eight_windows_of_512_go_together_and_the_host_does_not_wait_before_it_is_asked_to(monkeypatch):
+    """A pretended GPU: FakeTensorMode computes shapes alone, and refuses whatever would need a number on the host."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    sizes, events = [], []
+
+    def score(image):
+        sizes.append(tuple(image.shape))
+        return image.new_empty(len(image), 19, *image.shape[2:])
+
+    stream = SimpleNamespace(record_event=lambda: events.append("recorded") or SimpleNamespace(synchronize=lambda: events.append("waited")))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    with FakeTensorMode():
+        image = torch.empty(3, 1024, 2048, device="cuda")
+        wait = evaluate._start_prediction(score, image, (1024, 2048), slide=512)
+        assert sizes == [(8, 3, 512, 512), (8, 3, 512, 512), (2, 3, 512, 512)] and events == ["recorded"]  # 3 x 6 windows
+        with pytest.raises(Exception, match="local_scalar_dense"):  # now the number is needed
+            wait()
+    assert events == ["recorded", "waited"]
+
+
+# --------------------------------------------------------------------------------------------------- one protocol, twice
+
+
+def like(kind="resnet", **flags):
+    """A run of a ResNet or ViT with these flags, as far as protocol_of looks."""
+    net = SimpleNamespace(arch=dict(visual=dict(kind=kind)))
+    return SimpleNamespace(config=SimpleNamespace(**flags), ppar=SimpleNamespace(net=net))
+
+
+@pytest.mark.parametrize("of, given, expected", [
+    (like(), {}, {}), (like("vit", crop=504), {}, dict(slide=504)), (like("vit", crop=504, slide=0), {}, {}),
+    (like("vit", crop=504), dict(slide=0), {}), (like("vit", crop=504), dict(slide_stride=99), dict(slide=504, slide_stride=99)),
+    (like(scale=0.5, flip=True), {}, dict(scale=0.5, flip=True)), (like(scale=0.5, flip=True), dict(flip=False), dict(scale=0.5)),
+    (like(scale=0.5), dict(height=9), dict(height=9)), (like(height=9), dict(size=[8, 7]), dict(size=[8, 7])),
+    (like(size=(8, 7)), dict(scale=1.0), {}), (like(slide=64, slide_stride=60), dict(slide=32), dict(slide=32)),
+    (like(slide=64, slide_stride=60), dict(slide_stride=9), dict(slide=64, slide_stride=9))])
+def test_a_score_is_taken_as_the_run_says_or_as_the_flags_say_and_a_vit_has_windows_of_its_training_size(of, given, expected):
+    assert evaluate.protocol_of(of, dict.fromkeys(evaluate.PROTOCOL) | given) == {**evaluate.PROTOCOL, **expected}
+
+
+def test_train_and_evaluate_have_the_same_protocol_flags_with_one_definition():
+    fields = {field.name: field for field in dataclasses.fields(train.Config)}
+    for name, flag in checkpoint.PROTOCOL.items():
+        assert (fields[name].default, fields[name].metadata["help"], fields[name].metadata["rule"]) == flag[1:]
+    words = "--size 8 9 --slide 32 --slide-stride 20 --flip".split()
+    given, config = vars(evaluate.parse(["RUN", *words])), train.configure(train.parse(words))
+    assert all([*getattr(config, name)] == given[name] if name == "size" else getattr(config, name) in (given[name], flag.default)
+               for name, flag in checkpoint.PROTOCOL.items())
+    for wrong in ("--size 8", "--size 8 9 10", "--scale 0", "--scale 2 --height 9", "--slide 32 --slide-stride 33", "--height -1"):
+        with pytest.raises(UserError, match="--s|--h"):
+            train.configure(train.parse(wrong.split()))
+    assert set(checkpoint.PROTOCOL) <= train.MAY_CHANGE_ON_RESUME  # they change no weight
+    taken = subprocess.run([sys.executable, train.__file__, "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(f"--{name.replace('_', '-')}" in taken for name in checkpoint.PROTOCOL)
+
+
+def test_the_closing_evaluation_of_a_vit_goes_by_windows_and_a_later_one_repeats_it_or_sees_the_whole_image(world, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(*world["flags"], "--clip", world["vit"], "--steps", 1, "--flip", "--no-figures", "--out", out, scored=True) is None
+    closing = json.loads((out / "results.json").read_text())
+    assert closing["evaluation_size"] == "label's full size; input scale 1.0, slide 64/42, flip averaged"
+    assert closing["evaluation_size"] in capsys.readouterr().out
+    (out / "results.json").unlink()
+    command(out, "--device", "cpu", "--workers", 0)
+    assert json.loads((out / "results.json").read_text()) == closing
+    for words, name in (((), "results"), (("--slide", 64), "results"), (("--flip",), "results"), (("--slide", 0), "results-slide-0"),
+                        (("--no-flip",), "results-no-flip"), (("--height", 9, "--flip"), "results-height-9-flip")):
+        assert name_of(out, *words) == name
+    command(out, "--device", "cpu", "--workers", 0, "--slide", 0)
+    whole = json.loads((out / "results-slide-0.json").read_text())
+    assert whole["evaluation_size"] == "label's full size; input scale 1.0, whole image, flip averaged"
+    assert "whole image" in capsys.readouterr().out and json.loads((out / "results.json").read_text()) == closing
+
+
+# ------------------------------------------------------------------------------------------- what is done is on the disk
+
+
+@pytest.fixture
+def three(run):
+    """(folder, data root) of a run with three targets, one picture each: cityscapes, bdd, idd."""
+    folder, config = run
+    for name in ("cityscapes", "idd"):
+        write_tiny(config["data_root"], name, n=1, size=(40, 72), split="val")
+    state = torch.load(folder / "last.pt", weights_only=True)
+    torch.save({**state, "config": {**config, "targets": ("cityscapes", "bdd", "idd")}}, folder / "last.pt")
+    return folder, config["data_root"]
+
+
+def stored(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def break_file(root, name, change=lambda file: file.write_bytes(file.read_bytes()[:60])):
+    """Spoil the first picture of a target -> its path."""
+    file = Path(data.list_items(name, root, "val")[0].image)
+    change(file)
+    return str(file)
+
+
+@pytest.mark.parametrize("broken, workers", [("cityscapes", 2), ("bdd", 0), ("idd", 0)])
+def test_a_broken_file_costs_its_own_target_alone_and_the_sentence_says_that_the_others_are_kept(three, broken, workers, capsys):
+    file = break_file(three[1], broken)
+    sentence = refused(three[0], "--workers", workers)
+    assert not multiprocessing.active_children()  # the loader's processes have ended, too
+    kept = [name for name in ("cityscapes", "bdd", "idd") if name != broken]
+    assert file in sentence and f"1 of 3 targets could not be scored. {broken}: " in sentence and "Traceback" not in sentence
+    assert f"keeps the scores of {', '.join(kept)}, without a mean" in sentence and f"python evaluate.py {three[0]}`" in sentence
+    results, said = stored(three[0]), capsys.readouterr().out
+    assert list(results["targets"]) == kept and results["not_scored"] == [broken]
+    assert results["mean"] is None and results["mean_over"] == []  # a mean over two would be taken for one over three
+    assert f"not scored: {broken}; so there is no mean" in said and re.search(r"^mean .* -$", said, re.MULTILINE)
+    rows = [*csv.DictReader((three[0] / "results.csv").read_text().splitlines())]
+    assert [row["target"] for row in rows] == [*kept, broken] and {value for key, value in rows[-1].items() if key != "target"} == {""}
+
+
+def test_after_every_target_the_files_are_whole_and_say_what_is_not_in_them_yet(three, monkeypatch):
+    seen, score = [], evaluate._score_target
+
+    def watched(*words):
+        seen.append(stored(three[0]) if (three[0] / "results.json").exists() else None)
+        return score(*words)
+
+    monkeypatch.setattr(evaluate, "_score_target", watched)
+    command(three[0], "--device", "cpu", "--workers", 0)
+    assert seen[0] is None and [(list(r["targets"]), r["not_scored"], r["mean"]) for r in seen[1:]] == [
+        (["cityscapes"], ["bdd", "idd"], None), (["cityscapes", "bdd"], ["idd"], None)]
+    assert stored(three[0])["not_scored"] == [] and stored(three[0])["mean"] is not None
+
+
+def test_a_complete_file_stays_until_all_targets_are_scored_anew_but_one_of_another_network_does_not(three):
+    command(three[0], "--device", "cpu", "--workers", 0)
+    complete = stored(three[0])
+    break_file(three[1], "idd")
+    assert "results.json keeps the complete scores of before" in refused(three[0], "--workers", 0) and stored(three[0]) == complete
+    for change in (dict(checkpoint="unfinished, step 3 of 7"), dict(precision="bf16"), dict(not_scored=["bdd"])):
+        (three[0] / "results.json").write_text(json.dumps(complete | change))
+        refused(three[0], "--workers", 0)
+        assert stored(three[0])["not_scored"] == ["idd"]
+
+
+def test_where_no_target_can_be_scored_the_sentence_names_each_reason_and_nothing_is_written(three):
+    files = [break_file(three[1], name) for name in ("cityscapes", "bdd", "idd")]
+    sentence = refused(three[0], "--workers", 0)
+    assert all(file in sentence for file in files) and "3 of 3" in sentence and "No target was scored" in sentence
+    assert not (three[0] / "results.json").exists()
+
+
+def test_of_several_processes_one_that_meets_a_broken_file_tells_the_others_and_none_waits_for_ever(three):
+    break_file(three[1], "idd")  # one picture: the first process has it, the second has none
+    break_file(three[1], "bdd", lambda file: None)
+    items = data.list_items("bdd", three[1], "val")
+    Path(items[1].image).write_bytes(b"")  # the second process's
+    context, results = multiprocessing.get_context("fork"), multiprocessing.get_context("fork").Queue()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+
+    def rank_of_two(rank):
+        torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+        try:
+            results.put((rank, str(evaluate.evaluate_targets(checkpoint.load_run(three[0]), rank=rank, processes=2))))
+        except UserError as error:
+            results.put((rank, str(error)))
+        torch.distributed.destroy_process_group()
+
+    ranks = [context.Process(target=rank_of_two, args=(rank,)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    answers = dict(results.get(timeout=120) for _ in ranks)
+    for process in ranks:
+        process.join(60)
+    assert answers[1] == "None" and "2 of 3 targets could not be scored" in answers[0] and items[1].image in answers[0]
+    assert list(stored(three[0])["targets"]) == ["cityscapes"] and stored(three[0])["not_scored"] == ["bdd", "idd"]
+
+
+# ------------------------------------------------------------------------------------------- memory, processes, signals
+
+
+def raise_out_of_memory(kind):
+    if kind == "cpu":
+        torch.empty(2 ** 60, dtype=torch.uint8)  # in torch's own words
+    raise {"gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "numpy": MemoryError()}[kind]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu", "numpy"])
+@pytest.mark.parametrize("flags, half", [((), "--slide 512"), (("--slide", 128), "--slide 64")])
+def test_memory_that_runs_out_is_a_sentence_with_the_flags_that_need_less(three, kind, flags, half, monkeypatch):
+    predict, calls = evaluate._start_prediction, []
+
+    def once(*words, **more):
+        calls.append(1)
+        if len(calls) == 1:
+            raise_out_of_memory(kind)
+        return predict(*words, **more)
+
+    monkeypatch.setattr(evaluate, "_start_prediction", once)
+    sentence = refused(three[0], "--workers", 0, *flags)
+    assert "cityscapes: out of memory: " in sentence and half in sentence and "--size" in sentence and "Traceback" not in sentence
+    assert "1 of 3" in sentence and "keeps the scores of bdd, idd" in sentence
+
+
+def test_an_error_that_is_no_lack_of_memory_and_no_dead_process_is_not_called_one():
+    for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ZeroDivisionError()):
+        with pytest.raises(type(error)), machine.say_why("give less"):
+            raise error
+
+
+def test_a_loaders_process_that_is_killed_is_a_sentence_and_the_other_targets_are_scored(three, monkeypatch):
+    load = data.load_pair
+
+    def die(item, *rest):
+        if item.dataset == "bdd" and "1-0a" in item.image:
+            os.kill(os.getpid(), signal.SIGKILL)  # as the system does where memory runs out
+        return load(item, *rest)
+
+    monkeypatch.setattr(data, "load_pair", die)
+    sentence = refused(three[0], "--workers", 2)
+    assert "bdd: a process that reads pictures died (Killed)" in sentence and "--workers 0" in sentence and "Traceback" not in sentence
+    assert list(stored(three[0])["targets"]) == ["cityscapes", "idd"]
+
+
+@pytest.mark.parametrize("number, workers", [(signal.SIGINT, 0), (signal.SIGTERM, 2)])
+def test_a_signal_during_the_evaluation_ends_it_in_a_sentence_that_says_what_is_kept_and_how_to_go_on(three, number, workers, monkeypatch):
+    start, handlers = evaluate._start_prediction, [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    calls = []
+
+    def stop(*words, **flags):
+        calls.append(1)
+        if len(calls) == 2:  # in the second target
+            for _ in range(2):  # a terminal and torchrun may each hand it on
+                os.kill(os.getpid(), number)
+        return start(*words, **flags)
+
+    monkeypatch.setattr(evaluate, "_start_prediction", stop)
+    sentence = refused(three[0], "--workers", workers)
+    assert sentence.startswith("error: stopped by a signal: ") and f"{three[0]}/results.json keeps the scores of cityscapes" in sentence
+    assert f"python evaluate.py {three[0]}`" in sentence and f"python figures.py {three[0]}`" in sentence
+    assert list(stored(three[0])["targets"]) == ["cityscapes"] and stored(three[0])["not_scored"] == ["bdd", "idd"]
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+# ----------------------------------------------------------------------------------------------------------------- names
+
+
+def test_a_run_whose_name_is_no_text_is_scored_and_compared_on_a_terminal_that_knows_ascii_alone(run, tmp_path):
+    """$ is no formula, \\xff no UTF-8, and neither ends a run."""
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/r$_\xff_\xc3\xa9$")
+    shutil.copytree(run[0], folder)
+    script = Path(evaluate.__file__)
+    here = dict(os.environ, PYTHONIOENCODING="ascii", OMP_NUM_THREADS="1")
+    for words in ([], ["--compare", folder]):
+        done = subprocess.run([sys.executable, "-W", "ignore", script, folder, "--device", "cpu", "--workers", "0", *words],
+                              capture_output=True, env=here, check=False)
+        assert done.returncode == 0, done.stderr
+    assert rb"r$_\udcff_\xe9$" in done.stdout and stored(Path(folder))["run"] == Path(folder).name

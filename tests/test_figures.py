@@ -1,7 +1,13 @@
 """Tests of figures.py: what a figure is asked to show, that it shows just that, and the doors that draw them."""
 
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from workbench import scorer, small_net
 
+import checkpoint
 import data
 import evaluate
 import figures
@@ -181,3 +188,160 @@ def test_pictures_of_ones_own_are_read_as_those_of_data_sets_are(run, tmp_path, 
     Image.fromarray(shades.astype(np.float32)).save(file, "TIFF")
     with pytest.raises(SystemExit, match="deep.png holds floating-point numbers of 32 bits, .* save it with 8 bits"):
         command(run[0], "--images", file, "--device", "cpu")
+
+
+# ------------------------------------------------------------------------------------------- large pictures, small memory
+
+
+@pytest.mark.parametrize("size, step", [((96, 192), 1), ((479, 1), 1), ((1052, 1914), 3), ((3024, 4032), 8), ((4032, 3024), 8)])
+def test_a_panel_gets_at_least_one_pixel_for_every_dot_and_no_picture_of_the_drawn_world_is_thinned(size, step):
+    array = np.arange(size[0] * size[1]).reshape(size)
+    assert (figures.thin(array, 3.2) == array[::step, ::step]).all()
+    assert max(figures.thin(array, 3.2).shape) >= min(max(size), 3.2 * figures.DPI)
+
+
+def test_huge_pictures_are_thinned_before_they_are_drawn_and_scored_in_full(tmp_path, drawn, run, net, otp, monkeypatch):
+    """Of a picture of 1000 x 1600, a panel of 3.2 inches shows every third row and column."""
+    rng = np.random.default_rng(0)
+    image, label = rng.integers(0, 256, (1000, 1600, 3), np.uint8), rng.integers(0, 19, (1000, 1600), np.uint8)
+    monkeypatch.setattr(data, "load_pair", lambda item, mapillary: (image, label))
+    pred = rng.integers(0, 19, label.shape).astype(np.uint8)
+    monkeypatch.setattr(figures, "predict", lambda score, tensor, shape, **protocol: pred)
+    omega = rng.random(label.shape).astype(np.float32)
+    monkeypatch.setattr(figures, "_doubt", lambda *words: omega)
+    kept = []
+    monkeypatch.setattr(figures, "figure_predictions", lambda path, rows, title, draw=figures.figure_predictions, **more:
+                        kept.extend(rows) or draw(path, rows, title, **more))
+    items = data.list_items("bdd", run[1]["data_root"], "val")[:2]
+    figures._draw_predictions(checkpoint.load_run(run[0]), None, "bdd", items, tmp_path / "p.png")
+    for row in kept:
+        assert all(array.base is None for array in row.values()), "a view would keep the whole picture in memory"
+        for array, whole in zip(row.values(), (image, label, pred, omega), strict=True):
+            assert (array == whole[::3, ::3]).all()
+    assert f"{(pred == label).mean():.0%} of the pixels are right" in drawn[0].get_suptitle()
+    shown = [ax.images[0].get_array() for ax in drawn[0].axes[:4]]
+    assert all(array.shape[:2] == (334, 534) for array in shown)
+
+
+def test_the_embedding_keeps_the_chosen_cells_alone_and_asks_each_network_one_picture_at_a_time(run, net, otp, monkeypatch):
+    write_tiny(run[1]["data_root"], "bdd", n=5, size=(64, 96), split="val")
+    items, alive, most = data.list_items("bdd", run[1]["data_root"], "val"), set(), []
+
+    class Seen:  # stands for an output, and says when it is dropped
+        def __init__(self, out):
+            self.out = out
+            alive.add(id(self))
+            most.append(len(alive))
+
+        def __getattr__(self, name):
+            return getattr(self.out, name)
+
+        def __del__(self):
+            alive.discard(id(self))
+
+    modules = {"a": ppar.PPAR(net, otp), "b": ppar.PPAR(small_net(seed=3), otp, small_net(seed=1).encoder)}
+    looks = {stage: lambda image, label, module=module: (Seen((got := ppar.look(module, image, label))[0]), *got[1:])
+             for stage, module in modules.items()}
+    found = figures._pixels(looks, items, net.encoder, "A", per_class=3)
+    assert max(most) <= 2 and len(most) == 2 * len(items)  # never more than one of each network
+    for stage, module in modules.items():
+        outs = [ppar.look(module, data.to_tensor(image), label) for image, label in map(data.load_pair, items)]
+        emb = np.concatenate([out.emb[0].flatten(1).T for out, _, _ in outs])
+        label = np.concatenate([grid.flatten() for _, _, grid in outs])
+        order = np.random.default_rng(0)  # the cells that were drawn when all outputs were kept
+        chosen = np.concatenate([order.permutation(np.flatnonzero(label == c))[:3] for c in range(19)])
+        assert np.allclose(found[stage][0], emb[chosen], atol=1e-6) and (found[stage][1] == label[chosen]).all()
+        assert (found[stage][2] is None) == (stage == "a")
+        assert stage == "a" or np.allclose(found[stage][2], np.mean([out.vtp[0].numpy() for out, _, _ in outs], axis=0), atol=1e-6)
+
+
+def test_figures_see_with_the_precision_of_the_run(run, monkeypatch):
+    seen, look = [], ppar.look
+    monkeypatch.setattr(ppar, "look", lambda *words: seen.append(torch.is_autocast_enabled("cpu")) or look(*words))
+    module = checkpoint.load_run(run[0]).ppar
+    image, label = torch.zeros(3, 40, 72), np.zeros((40, 72), np.uint8)
+    for amp in ("fp32", "bf16"):
+        out, _, _ = evaluate.make_look(module, SimpleNamespace(amp=amp))(image, label)
+        assert out.logits.dtype == (torch.bfloat16 if amp == "bf16" else torch.float32) and out.emb.dtype == torch.float32
+        layout = torch.channels_last if amp == "bf16" else torch.contiguous_format
+        assert module.net.encoder.visual.conv2.weight.is_contiguous(memory_format=layout)
+    assert seen == [False, True]
+
+
+def test_figures_of_a_vit_show_the_prediction_that_is_scored_by_windows(run, otp, monkeypatch):
+    seen = []
+    monkeypatch.setattr(figures, "predict", lambda score, image, shape, **protocol: seen.append(protocol) or np.zeros(shape, np.uint8))
+    vit = small_net("vit")
+    state = torch.load(run[0] / "last.pt", weights_only=True)
+    torch.save({**state, "model": vit.state_dict(), "clip": small_net("vit", seed=1).encoder.state_dict(), "arch": vit.arch,
+                "config": {**run[1], "crop": 32}}, run[0] / "last.pt")
+    one = checkpoint.load_run(run[0])
+    figures._draw_predictions(one, None, "bdd", data.list_items("bdd", run[1]["data_root"], "val"), run[0] / "p.png")
+    figures.segment_pictures(one, [data.list_items("bdd", run[1]["data_root"], "val")[0].image])
+    assert seen == 4 * [{**evaluate.PROTOCOL, "slide": 32}]
+
+
+# --------------------------------------------------------------------------------------------------- when something ends it
+
+
+def ended(*words):
+    with pytest.raises(SystemExit) as caught:
+        command(*words, "--device", "cpu")
+    return caught.value.code
+
+
+def test_a_disk_that_is_full_while_a_figure_is_drawn_gives_the_systems_reason_and_leaves_no_half_file(run):
+    """A limit on the size of a file stands for the disk: the system refuses to write more."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        sentence = ended(run[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large" in sentence and "predictions_bdd.png" in sentence and "Traceback" not in sentence
+    assert [path.name for path in run[0].iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_figures_are_drawn_says_what_is_kept_and_how_to_go_on(run, number, monkeypatch):
+    monkeypatch.setattr(figures, "_draw_embedding", lambda *words: os.kill(os.getpid(), number))
+    sentence = ended(run[0])
+    assert sentence.startswith("error: stopped by a signal: ") and f"python figures.py {run[0]}`" in sentence and "stay" in sentence
+    assert {path.name for path in run[0].iterdir()} == {"last.pt", "predictions_bdd.png", "reliability.png"}
+
+
+def test_memory_that_runs_out_while_figures_are_drawn_is_a_sentence(run, monkeypatch):
+    monkeypatch.setattr(figures, "_draw_embedding", lambda *words: torch.empty(2 ** 60, dtype=torch.uint8))
+    sentence = ended(run[0])
+    assert "out of memory" in sentence and "scores and finished figures stay" in sentence and "Traceback" not in sentence
+
+
+# ------------------------------------------------------------------------------------------------------- names and windows
+
+
+def test_names_with_dollars_and_bytes_are_shown_as_they_are(run, drawn, tmp_path, capsys):
+    """Two $ make a formula in matplotlib, and an unfinished one is an error. Bytes that are no UTF-8 have no letters."""
+    odd = os.fsdecode(b"a$x_{1$ \xff $\\frac.png")
+    Image.new("RGB", (40, 30)).save(tmp_path / "plain.png")
+    os.rename(tmp_path / "plain.png", tmp_path / odd)
+    folder = tmp_path / os.fsdecode(b"run$\\alpha$\xff")
+    shutil.copytree(run[0], folder)
+    command(folder, "--images", tmp_path / odd, "--device", "cpu")
+    assert drawn[0].axes[0].get_title() == "a$x_{1$ \\udcff $\\frac.png" and not drawn[0].axes[0].title.get_parse_math()
+    command(folder, "--compare", folder, "--device", "cpu")
+    titles = [ax.get_title() for ax in drawn[1].axes]
+    assert "prediction: run$\\alpha$\\udcff" in titles and "compared: run$\\alpha$\\udcff" in titles
+    assert all(not ax.title.get_parse_math() for ax in drawn[1].axes[:5]) and not drawn[1]._suptitle.get_parse_math()
+    assert "embedding.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.nowhere", "TkAgg", "no such thing"])
+def test_no_backend_of_the_environment_is_needed_and_no_window_is_opened(backend):
+    """A notebook sets MPLBACKEND for every command. All doors import figures.py, with --no-figures, too."""
+    code = ("import os, sys; import figures, bound_figure, pictures, curves; figures._demo(); "
+            "assert 'matplotlib.pyplot' not in sys.modules; print(os.environ['MPLBACKEND'])")
+    root = Path(figures.__file__).parent
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False, cwd=root,
+                          env=dict(os.environ, MPLBACKEND=backend, PYTHONPATH=f"{root}{os.pathsep}{root / 'results'}", OMP_NUM_THREADS="1"))
+    assert done.returncode == 0 and done.stdout.endswith(f"{backend}\n"), done.stderr

@@ -823,22 +823,22 @@ def test_the_presets_are_what_the_documents_say():
     assert toy == toy | both | dict(source=("toy-gta5",), clip="toy", stride=8, steps=400, crop=96, lr=3e-3, lr_clip=0.03, amp="fp32",
                                     workers=2, harmful=0.1, out="runs/ppar-toy-gta5-seed0")
     assert real == real | both | dict(targets=("cityscapes", "bdd", "mapillary"), clip="RN50", stride=16, steps=40000,
-                                      crop=512, lr=1e-4, lr_clip=0.1, amp="auto", workers=train.LOADERS, harmful=0.0, mapillary="A")
+                                      crop=512, lr=1e-4, lr_clip=0.1, amp="auto", workers=machine.LOADERS, harmful=0.0, mapillary="A")
     for clip, crop in (("ViT-L/14", 504), ("ViT-L/14@336px", 504), ("ViT-B/16", 512)):  # a multiple of the patch
         assert train.configure(dict(source=("gta5",), clip=clip)).crop == crop and train.configure(dict(clip=clip, crop=98)).crop == 98
     assert train.configure({"source": ("toy-gta5", "gta5")}).clip == "RN50"  # one real source makes it a real run
-    undecided = {f.name for f in dataclasses.fields(train.Config) if f.default is None} - {"out", "resume", "device"}
+    undecided = {f.name for f in dataclasses.fields(train.Config) if f.default is None} - {"out", "resume", "device", "size", "slide"}
     assert all(set(preset) == undecided for preset in train.PRESETS.values())
     given = train.configure(train.parse("--steps 7 --harmful 0".split()))  # a flag that is given beats the preset
     assert (given.steps, given.harmful) == (7, 0) and train.configure(dict(crop=32)).crop == 32
-    assert train.CORES == len(os.sched_getaffinity(0)) and train.LOADERS == min(16, train.CORES)
+    assert machine.CORES == len(os.sched_getaffinity(0)) and machine.LOADERS == min(16, machine.CORES)
 
 
 @pytest.mark.parametrize("processes, loaders", [(2, 16), (10, 10), (200, 1)])
 def test_the_processes_of_one_machine_share_its_cores(processes, loaders, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(1 if pid else 100))
-    assert runpy.run_path(train.__file__)["LOADERS"] == loaders
+    assert runpy.run_path(machine.__file__)["LOADERS"] == loaders
 
 
 def test_the_closing_words_name_the_mean_over_unseen_domains_the_picture_to_open_and_the_next_command(capsys):
