@@ -110,7 +110,7 @@ def random_ppar(name, config):
     original = None if config.method == "erm" else copy.deepcopy(net.encoder).requires_grad_(False)
     net.encoder.freeze(config.freeze)
     otp = workbench.unit_rows(len(data.CLASSES), net.encoder.dim)
-    return ppar.PPAR(net, otp, original, config.tau_assign, config.beta)
+    return ppar.PPAR(net, otp, original, config.tau_assign, config.beta, config.mask_padding)
 
 
 def network(name, method, device=CPU, **flags):

@@ -182,6 +182,7 @@ def rehearse(tower, folder, **flags):
         crop=64,
         workers=0,
         ramp=(0, 1),
+        align_ramp=(0, 1),
         amp="fp32",
     )
     config = train.configure(preset | dict(out=str(folder), figures=False) | flags)

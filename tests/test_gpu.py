@@ -479,6 +479,7 @@ RUNS = [
     ("small ViT", dict(micro_batch=2)),
     ("small ResNet", dict(method="erm", micro_batch=2)),
     ("small ViT", dict(method="erm")),
+    ("small ResNet", dict(prototypes="source", mask_padding=True, align="vtp-to-otp")),
 ]
 
 
