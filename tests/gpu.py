@@ -279,14 +279,16 @@ def drawn(sizes, device, folder, *flags, scored=False, stops=False):
         if "--resume" in flags
         else [*sizes["drawn"].split(), "--steps", sizes["steps"], "--out", folder]
     )
+    threads = torch.get_num_threads()
     try:
         sentence = workbench.main(
             *new, "--no-figures", "--device", device, *flags, scored=scored, every=10
         )
     finally:
-        # A run on a CPU asks for deterministic operations in all of its process. The next parts must not
-        # have them.
+        # A run on a CPU asks for deterministic operations, and a drawn one for a single thread, in all of its
+        # process. The next parts must have neither.
         torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
     if sentence and "stopped by a signal" in sentence and not stops:
         raise Stopped
     return sentence
@@ -786,7 +788,7 @@ def measure(name, device, sizes, keep):
                     keep(outcome)
     except OverBudget:
         outcome.update(status="cut", said="it ran over --budget")
-    except (Stopped, KeyboardInterrupt):
+    except Stopped:
         outcome.update(status="stopped", said="a signal came")
     except (Exception, SystemExit) as error:
         outcome.update(status="failed", said=f"{type(error).__name__}: {str(error)[-600:]}")
@@ -909,7 +911,7 @@ def main(arguments=None):
         guess = sum(sizes["seconds"].get(name, 0) for name in names)
         print(f"{len(names)} parts, about {guess} s by the estimate", flush=True)
         with contextlib.ExitStack() as stack:
-            for number in stop_signals():
+            for number in machine.stop_signals():
                 stack.enter_context(raising(number, Stopped))
             stack.enter_context(raising(signal.SIGALRM, OverBudget))
             with contextlib.suppress(Stopped):  # between two parts: all that was done is written
@@ -927,18 +929,6 @@ def main(arguments=None):
     if again := " ".join(name for name in names if any(name in which for which in told.values())):
         print(f"these parts again: python tests/gpu.py --out {given.out} --parts {again}")
     return 1 if told["failed"] or told["stopped"] else 0
-
-
-def stop_signals():
-    """A scheduler sends SIGTERM, a terminal that closes SIGHUP (with `nohup`, it is ignored and stays so).
-
-    Ctrl-C needs no handler: Python raises KeyboardInterrupt.
-    """
-    return [
-        number
-        for number in (signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) != signal.SIG_IGN
-    ]
 
 
 if __name__ == "__main__":

@@ -243,7 +243,7 @@ def test_a_day_without_a_fault_ends_with_exit_status_0(tmp_path, monkeypatch, ca
     )
 
 
-@pytest.mark.parametrize("number", gpu.stop_signals())
+@pytest.mark.parametrize("number", gpu.machine.stop_signals())
 def test_a_stop_in_the_middle_leaves_what_was_done(number, tmp_path, monkeypatch, capsys):
     def stopped(device, sizes):
         """A row, then a signal."""
@@ -335,15 +335,18 @@ def test_every_part_has_an_estimate_and_together_they_fit_into_six_minutes():
     assert sum(gpu.FULL["seconds"].values()) <= gpu.parse([]).budget == 360
 
 
-def test_a_run_that_breaks_leaves_no_deterministic_flag_behind(tmp_path, monkeypatch):
+def test_a_run_that_breaks_leaves_no_deterministic_flag_and_no_other_number_of_threads(tmp_path, monkeypatch):
+    threads = torch.get_num_threads()
+
     def breaks(*flags, **more):
         torch.use_deterministic_algorithms(True)
+        torch.set_num_threads(threads + 1)
         raise RuntimeError
 
     monkeypatch.setattr(gpu.workbench, "main", breaks)
     with pytest.raises(RuntimeError):
         gpu.drawn(gpu.SMALL, CPU, tmp_path)
-    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled() and torch.get_num_threads() == threads
 
 
 def test_the_memory_of_a_picture_does_not_count_the_one_before(monkeypatch):
