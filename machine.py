@@ -217,7 +217,7 @@ def take_turns(rank, load):
                 result = load()
             except UserError as error:
                 mistake = error
-        failed = sum_over_processes(torch.tensor(0 if mistake is None else 1)).item()
+        failed = sum_over_processes(torch.tensor(0.0 if mistake is None else 1.0)).item()
         if mistake is not None:
             raise mistake
         require(not failed, f"process {rank} stops, because another one could not go on; that one says why.")

@@ -503,7 +503,6 @@ def train_steps(config, state, rank, processes, device, progress):
                 # of the gradients, so the share is multiplied by the number of processes.
                 loss = processes * sum(terms.values())
                 loss.backward()
-
             if step == start:
                 check_first_step(module, optimizer)
             done = step + 1

@@ -142,7 +142,7 @@ def check_command(line):
     elif words[0] in ("python", "torchrun"):
         place = next((i for i, w in enumerate(words) if w.endswith(".py")), None)
         assert place is not None, f"no script in: {line}"
-        script, arguments = words[place], words[place + 1:]
+        script, arguments = words[place], [word for word in words[place + 1:] if word != "--help"]
         assert (ROOT / script).is_file(), f"{script} does not exist"
         if script == "train.py":
             import train
