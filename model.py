@@ -26,7 +26,7 @@ import math
 import os
 import pickle
 import sys
-import urllib.request  # clip.load uses it after a bare `import urllib`
+import urllib.request  # noqa: F401  clip.load uses it after a bare `import urllib`
 import warnings
 import zipfile
 from collections import namedtuple

@@ -258,7 +258,8 @@ def test_holdout_serves_a_target_without_a_split_and_never_uncovers_what_a_sourc
 
     def found(**flags):
         config = dict(targets=("gta5", "synthia"), source=("gta5",), data_root=str(tmp_path), holdout=2)
-        return {name: len(items) for name, items in evaluate.find_targets(checkpoint.Run(None, SimpleNamespace(**config | flags), 0, tmp_path)).items()}
+        run = checkpoint.Run(None, SimpleNamespace(**config | flags), 0, tmp_path)
+        return {name: len(items) for name, items in evaluate.find_targets(run).items()}
 
     assert (found(), found(holdout_unseen=3)) == (dict(gta5=2, synthia=2), dict(gta5=2, synthia=3))  # by train.py, by evaluate.py
     with pytest.raises(UserError, match="gta5 has no val split"):

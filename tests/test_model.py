@@ -236,7 +236,8 @@ def test_a_pickle_without_check_sums_is_refused_and_the_remedy_writes_one_that_h
     (b"", "is empty: fetch it again"), (b"<!DOCTYPE html><html>", "is no archive of weights, it begins with b'<!DOCTYPE html><"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS.*git lfs pull"),
     ((9).to_bytes(8, "little") + b'{"a": {}}', "is a safetensors file.*load_file.*--clip new.pt"),
-    (b"PK\3\4 and no more", "is damaged or not whole"), (functools.partial(make_clip, "vit"), "Python objects.*nothing in it was executed.*state_dict")])
+    (b"PK\3\4 and no more", "is damaged or not whole"),
+    (functools.partial(make_clip, "vit"), "Python objects.*nothing in it was executed.*state_dict")])
 def test_a_file_that_holds_no_weights_is_named_for_what_it_is(content, words, tmp_path):
     path = tmp_path / "clip.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content(), path)
