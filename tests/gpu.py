@@ -46,7 +46,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # torchvision.
 IMPORTED = {
     "clip-anytorch": "clip",
-    "setuptools<81": "pkg_resources",
+    "setuptools": "pkg_resources",
     "Pillow": "PIL",
     "python-dateutil": "dateutil",
     "fonttools": "fontTools",
@@ -61,7 +61,7 @@ BRINGS = {
 
 
 def missing_wheels(needed=None):
-    """ "" or the sentence that names what to bring to a machine without a network.
+    """An empty string, or the sentence that names what to bring to a machine without a network.
 
     pip download fetches what a package requires, even if it is here: for clip-anytorch, 3 GB of torch. So
     it is told to fetch no requirements (--no-deps), and the small ones are named. Only a missing torch
@@ -70,9 +70,11 @@ def missing_wheels(needed=None):
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     needed = needed or [line.split()[0] for line in lines if line[:1] not in ("", "#")]
     missing = [wheel for wheel in needed if is_missing(wheel)]
-    brought = [
-        other for wheel in missing for other in BRINGS.get(wheel, "").split() if is_missing(other)
-    ]
+    if not missing:
+        return ""
+    brought = []
+    for wheel in missing:
+        brought += [other for other in BRINGS.get(name_of(wheel), "").split() if is_missing(other)]
     large = [wheel for wheel in missing if wheel.startswith("torch")]
     small = [wheel for wheel in dict.fromkeys(missing + brought) if wheel not in large]
     commands = []
@@ -80,19 +82,18 @@ def missing_wheels(needed=None):
         commands.append("pip download -d wheels " + shlex.join(large))
     if small:
         commands.append("pip download --no-deps -d wheels " + shlex.join(small))
-    return (
-        commands
-        and (
-            f"error: missing here: {shlex.join(missing)}. Where there is a network and the same Python: "
+    return (f"error: missing here: {shlex.join(missing)}. Where there is a network and the same Python: "
             f"{'; '.join(commands)}; bring the folder, then: "
-            f"pip install --no-index --find-links wheels {shlex.join(large + small)}"
-        )
-        or ""
-    )
+            f"pip install --no-index --find-links wheels {shlex.join(large + small)}")
+
+
+def name_of(wheel):
+    """The package of a requirement: setuptools of `setuptools>=71,<81`."""
+    return re.split("[<>=]", wheel)[0]
 
 
 def is_missing(wheel):
-    return importlib.util.find_spec(IMPORTED.get(wheel, re.split("[<>=]", wheel)[0])) is None
+    return importlib.util.find_spec(IMPORTED.get(name_of(wheel), name_of(wheel))) is None
 
 
 if __name__ == "__main__" and missing_wheels():
