@@ -101,10 +101,16 @@ def precision(amp, device):
 def choose_threads(sources):
     """Let torch compute with one thread where the drawn world is the source, and else with all cores.
 
-    Crops of 96 pixels have maps so small that a second thread gains nothing. Seconds a step on two cores, idle: 0.28
-    with one thread, 0.28 with two. At a load of 13 to 17: 1.9 with one, 11 with two, because threads wait for each
-    other in every layer. (Two loader processes, but none in the last number: with them it did not end in time.)
-    Pictures of real data are large, and their threads pay.
+    Crops of 96 pixels have small maps, so a second thread gains nothing, and on a busy machine threads wait for each
+    other in every layer. Measured on two cores, seconds a step:
+
+                                    two loader processes     none
+        idle,          one thread   0.28                     0.41
+                       two          0.28                     0.31
+        load 13 to 17, one thread   1.9                      2.9
+                       two          over 15                  11
+
+    Pictures of real data are large, and there threads pay.
     Whoever sets OMP_NUM_THREADS or MKL_NUM_THREADS has chosen, and keeps that number.
     """
     import torch

@@ -12,8 +12,8 @@ Shapes
     images   (384, 32, 32, 3) uint8    tokens   (texts, 24) captions, each once    which   (384,) image -> its caption
 
 Not here: the world (toy.py), loading (model.load_clip("toy")), the prompts of the method (prototypes.py).
-With --train it makes the file again (minutes), with --check it prints the figures to quote. --mark adds what model.load_clip asks
-of a file with towers of one's own, and an earlier version did not write. `python toy_clip.py` prints
+With --train it makes the file again (minutes), with --check it prints the figures to quote. With --mark it adds what
+model.load_clip asks of towers that are not OpenAI's, to a file of an earlier version. `python toy_clip.py` prints
     ...
       all domains     native 0.54  zoom 0.57  cut 0.7...  of 1584 crops
     Notice: it names things in looks that it has never seen, ten times as often as chance would.
@@ -178,7 +178,7 @@ def _miniature(vocabulary):
 
 
 def _save(net, used, out):
-    """A state dict in half precision, as OpenAI's, with the mark that model.load_clip asks of towers that are not OpenAI's."""
+    """A state dict in half precision, as OpenAI's, with the mark that model.load_clip asks of other towers."""
     state = {k: v.detach().clone() for k, v in net.state_dict().items()}
     table = torch.zeros(49408, 64)  # of CLIP's tokens; zero: never trained
     state["token_embedding.weight"] = table.index_copy(0, used, state["token_embedding.weight"])

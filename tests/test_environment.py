@@ -35,8 +35,12 @@ def say(*words, **environment):
 @pytest.mark.parametrize("door", DOORS)
 def test_an_older_python_is_refused_in_a_sentence_before_anything_else_is_missed(door):
     """-S: no package is installed there. An older one lacks torch, or has one that this project was never run with."""
-    old = f"import runpy, sys; sys.version_info = (3, 10, 14, 'final', 0); sys.path.insert(0, '.'); sys.argv = ['{door}.py']; "
-    said = say(sys.executable, "-S", "-c", old + f"runpy.run_path('{door}.py', run_name='__main__')")
+    old = f"""import runpy, sys
+sys.version_info = (3, 10, 14, 'final', 0)
+sys.path.insert(0, '.')
+sys.argv = ['{door}.py']
+runpy.run_path('{door}.py', run_name='__main__')"""
+    said = say(sys.executable, "-S", "-c", old)
     assert "Python 3.11 or later is needed" in said and "is Python 3.10: make an environment of a later one" in said
 
 
@@ -55,6 +59,11 @@ def test_every_file_is_written_in_words_that_an_older_python_can_read(name):
     ast.parse(read(f"{name}.py"), feature_version=(3, 8))
 
 
+def test_the_readme_and_the_check_ask_for_the_same_python():
+    asked = re.search(r"sys.version_info < \((\d+), (\d+)\)", read("data.py"))
+    assert re.search(r"Python (\d+)\.(\d+) or newer", read("README.md")).groups() == asked.groups()
+
+
 # ---------------------------------------------------------------------------------------------------------------- CLIP
 
 
@@ -67,15 +76,16 @@ def test_another_package_called_clip_is_refused_in_a_sentence_with_the_command_t
     assert "pip uninstall -y clip && pip install --force-reinstall --no-deps clip-anytorch" in said
 
 
+ABSENT = "raise ModuleNotFoundError('No module named {0}', name='{0}')"  # a module that is as if it were not installed
 PACKAGES = {  # files -> words of the sentence
     "a package": ({"clip/__init__.py": ""}, "clip/__init__.py is not CLIP's code"),
     "for Python 2": ({"clip/__init__.py": "print 'hello'"}, "clip/__init__.py is not CLIP's code"),
     "a folder": ({"clip/notes.txt": ""}, None),  # no module: what is installed is found behind it
-    "setuptools 81": ({"pkg_resources.py": "raise ModuleNotFoundError(\"No module named 'pkg_resources'\", name='pkg_resources')"},
+    "setuptools 81": ({"pkg_resources.py": ABSENT.format("pkg_resources")},
                       "no pkg_resources.packaging here.*pip install 'setuptools>=71,<81'"),
     "setuptools 70": ({"pkg_resources.py": ""}, "no pkg_resources.packaging here.*pip install 'setuptools>=71,<81'"),
-    "half of CLIP": ({"ftfy.py": "raise ModuleNotFoundError(\"No module named 'ftfy'\", name='ftfy')"},
-                     "CLIP's code in .* cannot be used .*No module named 'ftfy'.*pip install --force-reinstall -r requirements.txt"),
+    "half of CLIP": ({"ftfy.py": ABSENT.format("ftfy")},
+                     "CLIP's code in .* cannot be used .*No module named ftfy.*pip install --force-reinstall -r req"),
 }
 
 

@@ -5,6 +5,7 @@ import copy
 import functools
 import hashlib
 import json
+import math
 import pathlib
 import pickle
 import urllib.error
@@ -96,7 +97,7 @@ def test_a_file_that_is_not_exactly_a_clip_is_refused_with_its_name_and_the_reas
         pickle.loads(pickle.dumps(Trap()))  # the trap itself works
 
 
-# Typed from OpenAI's releases: joint width, pixels, blocks, width, patch; context, vocabulary, width, heads and blocks of the text.
+# Typed from OpenAI's releases. Image: joint width, pixels, blocks, width, patch. Text: context, vocabulary, width, heads, blocks.
 OPENAI = {
     "RN50": (1024, 224, (3, 4, 6, 3), 64, None, 77, 49408, 512, 8, 12),
     "RN101": (512, 224, (3, 4, 23, 3), 64, None, 77, 49408, 512, 8, 12),
@@ -132,7 +133,8 @@ def test_openais_own_towers_load_and_those_of_others_are_refused_because_a_file_
         assert f"towers of {name.partition('@')[0]}: QuickGELU and heads of width 64 are assumed" in said
         assert set(model.OPENAI) == {n.partition("@")[0] for n in model.clip.available_models()}
     else:
-        with pytest.raises(UserError, match="FILE has not the towers.*heads and the activation.*give one of RN50, RN101") as refusal:
+        words = "FILE has not the towers.*heads and the activation.*give one of RN50, RN101"
+        with pytest.raises(UserError, match=words) as refusal:
             model._check_towers("FILE", state, None)
         assert "\n" not in str(refusal.value)
 
@@ -142,7 +144,8 @@ def test_other_towers_load_if_their_file_says_how_they_are_computed_and_openais_
     path = WRITERS[form](whole_clip("vit"), tmp_path / "clip.pt")
     assert load_clip(path)[1].endswith("0 left over; QuickGELU and heads of width 64, as the file says")
     WRITERS[form](whole_clip("vit"), path, marked=False)
-    with pytest.raises(UserError, match=f"{path} has not the towers.*ViT of patch 16, width 128, 4 blocks; text: width 64, 1 blocks"):
+    sizes = "ViT of patch 16, width 128, 4 blocks; text: width 64, 1 blocks"
+    with pytest.raises(UserError, match=f"{path} has not the towers.*{sizes}"):
         load_clip(path)
     monkeypatch.setitem(model.OPENAI, "ViT-Tiny", ((128, 4, 16), (64, 1)))  # as if OpenAI had made it
     assert "0 left over; towers of ViT-Tiny: QuickGELU and heads of width 64 are assumed" in load_clip(path)[1]
@@ -176,7 +179,7 @@ def test_a_flipped_bit_in_a_weight_is_caught_by_the_check_sums_of_the_file(form,
     assert (load_clip(path)[0].visual.conv1.weight != weight).sum() == 1
 
 
-@pytest.mark.parametrize("form, value", [("archive", float("nan")), ("state dict", float("inf")), ("state dict", float("-inf"))])
+@pytest.mark.parametrize("form, value", [("archive", math.nan), ("state dict", math.inf), ("state dict", -math.inf)])
 def test_weights_that_are_not_finite_are_refused_with_the_name_of_their_tensor(form, value, tmp_path):
     broken = whole_clip("resnet")
     with torch.no_grad():
@@ -187,7 +190,9 @@ def test_weights_that_are_not_finite_are_refused_with_the_name_of_their_tensor(f
 
 
 def renamed(old, new):
-    return lambda state: {new + name.removeprefix(old) if name.startswith(old) else name: x for name, x in state.items()}
+    def rename(state):
+        return {new + name.removeprefix(old) if name.startswith(old) else name: x for name, x in state.items()}
+    return rename
 
 
 # What people pass as a CLIP -> (how it comes from a state dict in OpenAI's format, words of the refusal)
@@ -199,7 +204,8 @@ PASSED = {
     "transformers": (renamed("visual.", "vision_model."), "format of Hugging Face's transformers .*--clip ViT-B/16"),
     "open_clip, text": (renamed("transformer.", "text.transformer."), "another text tower than OpenAI's .*--clip ViT-B/16"),
     "open_clip, image": (renamed("visual.", "visual.trunk."), "image tower of timm .*--clip ViT-B/16"),
-    "run": (lambda state: dict(model=state, arch={}, otp=torch.zeros(1), optimizer={}), "checkpoint of train.py: --clip takes"),
+    "run": (lambda state: dict(model=state, arch={}, otp=torch.zeros(1), optimizer={}),
+            "checkpoint of train.py: --clip takes"),
     "list": (lambda state: [*state.values()], "holds no state dict.*TorchScript archive or a plain state dict"),
 }
 
@@ -233,7 +239,8 @@ def test_a_pickle_without_check_sums_is_refused_and_the_remedy_writes_one_that_h
 
 
 @pytest.mark.parametrize("content, words", [
-    (b"", "is empty: fetch it again"), (b"<!DOCTYPE html><html>", "is no archive of weights, it begins with b'<!DOCTYPE html><"),
+    (b"", "is empty: fetch it again"),
+    (b"<!DOCTYPE html><html>", "is no archive of weights, it begins with b'<!DOCTYPE html><"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS.*git lfs pull"),
     ((9).to_bytes(8, "little") + b'{"a": {}}', "is a safetensors file.*load_file.*--clip new.pt"),
     (b"PK\3\4 and no more", "is damaged or not whole"),
