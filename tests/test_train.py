@@ -245,7 +245,7 @@ def test_a_checkpoint_that_lacks_a_flag_that_counts_is_refused_and_one_that_lack
         torch.save(state | dict(config=own), tmp_path / "last.pt")
         sentence = main("--resume", tmp_path)
         assert (sentence is None) == (flag == "save_every")
-        assert sentence is None or (is_one_sentence(sentence) and "another version of train.py, without --balance" in sentence)
+        assert sentence is None or (is_one_sentence(sentence) and "an earlier train.py, which had no --balance" in sentence)
 
 
 def test_a_disk_too_full_for_a_checkpoint_shows_before_the_first_step(world, tmp_path):
