@@ -365,7 +365,7 @@ def continue_run(given):
     state = checkpoint.read(folder)
     try:
         own = dict(state["config"])
-        new = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(Config) if f.name not in own]
+        new = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(Config) if f.name not in own.keys() | MAY_CHANGE_ON_RESUME]
         require(not new, f"{folder}/last.pt was written by an earlier train.py, which had no {', '.join(new)}: go on with the "
                 f"commit that {folder}/run.json names, or start a new run with --out.")
         for name, value in given.items():

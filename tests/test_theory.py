@@ -7,6 +7,8 @@ A finite set of pixels is a domain, so the inequalities must hold for it exactly
 import itertools
 import json
 import math
+import os
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -629,3 +631,37 @@ def test_a_violation_is_reported_and_not_hidden(tiny, capsys, monkeypatch):
     rows = bound.measure_run(run, 2)["domains"].values()
     assert all(row["holds"] is False and row["images"] == 2 for row in rows)
     assert "NO: a bug" in capsys.readouterr().out
+
+
+def test_the_command_thins_evenly_by_a_flag_and_shows_a_bar_for_each_domain(tiny, capsys):
+    run, items, _ = tiny
+    assert bound.parse(["RUN"]).limit == 200 and bound.parse(["RUN", "--limit", "0"]).limit == 0
+    for limit, images in ((2, 2), (0, 4), (9, 4)):  # the fifth picture is all void
+        rows = bound.measure_run(run, limit)["domains"].values()
+        assert {row["images"] for row in rows} == {images}
+        said = capsys.readouterr().err
+        assert all(f"{name}: 100%" in said for name in ("src", "src held out", "far"))
+    with pytest.raises(data.UserError, match="--limit -1"):
+        bound.measure_run(run, -1)
+    bound.measure(run, items, 1)
+    assert capsys.readouterr().err == ""  # a library call is silent
+
+
+def test_a_signal_and_memory_that_runs_out_end_the_measurement_in_a_sentence_and_leave_the_report_of_before(tiny, monkeypatch):
+    run, _, _ = tiny
+    (run.path / "bound.json").write_text("of before")
+    for trouble, words in ((lambda: os.kill(os.getpid(), signal.SIGTERM), "stopped by a signal: .* has not been changed"),
+                           (lambda: torch.empty(2 ** 60, dtype=torch.uint8), "out of memory: .* --limit N")):
+        monkeypatch.setattr(ppar, "look", lambda *words, trouble=trouble: trouble())
+        with pytest.raises(data.UserError, match=words):
+            bound.measure_run(run)
+        assert (run.path / "bound.json").read_text() == "of before"
+
+
+def test_the_terms_are_measured_with_the_precision_of_the_run(tiny, monkeypatch):
+    run, items, _ = tiny
+    seen, look = [], ppar.look
+    monkeypatch.setattr(ppar, "look", lambda *words: seen.append(torch.is_autocast_enabled("cpu")) or look(*words))
+    for run.config.amp in ("fp32", "bf16"):
+        bound.measure(run, items, 1)
+    assert seen == [False, True]
