@@ -81,9 +81,9 @@ PACKAGES = {  # files -> words of the sentence
     "a package": ({"clip/__init__.py": ""}, "clip/__init__.py is not CLIP's code"),
     "for Python 2": ({"clip/__init__.py": "print 'hello'"}, "clip/__init__.py is not CLIP's code"),
     "a folder": ({"clip/notes.txt": ""}, None),  # no module: what is installed is found behind it
-    "setuptools 81": ({"pkg_resources.py": ABSENT.format("pkg_resources")},
-                      "no pkg_resources.packaging here.*pip install 'setuptools>=71,<81'"),
-    "setuptools 70": ({"pkg_resources.py": ""}, "no pkg_resources.packaging here.*pip install 'setuptools>=71,<81'"),
+    "setuptools 82": ({"pkg_resources.py": ABSENT.format("pkg_resources")},
+                      "no pkg_resources.packaging here.*pip install 'setuptools>=71,<82'"),
+    "setuptools 70": ({"pkg_resources.py": ""}, "no pkg_resources.packaging here.*pip install 'setuptools>=71,<82'"),
     "half of CLIP": ({"ftfy.py": ABSENT.format("ftfy")},
                      "CLIP's code in .* cannot be used .*No module named ftfy.*pip install --force-reinstall -r req"),
 }

@@ -336,7 +336,7 @@ def test_names_with_dollars_and_bytes_are_shown_as_they_are(run, drawn, tmp_path
     assert "embedding.png" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("backend", ["module://matplotlib_inline.nowhere", "TkAgg", "no such thing"])
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "no such thing"])
 def test_no_backend_of_the_environment_is_needed_and_no_window_is_opened(backend):
     """A notebook sets MPLBACKEND for every command. All doors import figures.py, with --no-figures, too."""
     code = ("import os, sys; import figures, bound_figure, pictures, curves; figures._demo(); "
