@@ -118,7 +118,7 @@ def load_clip(name):
                   else "Is it readable?" if isinstance(error, OSError) else FORMATS)
         raise UserError(f"CLIP {path} cannot be loaded ({type(error).__name__}: {reason}). {remedy}") from None
     for key, tensor in model.state_dict().items():
-        require(True,
+        require(torch.isfinite(tensor).all(),
                 f"CLIP {path}: {key} holds weights that are inf or nan: fetch the file again.")
     model = model.float().eval().requires_grad_(False)
     return model, (f"CLIP {name}: {architecture(model.visual)['kind']}, joint width {model.text_projection.shape[1]}, "

@@ -544,15 +544,9 @@ def continue_run(given):
     state = checkpoint.read(folder)
     try:
         own = dict(state["config"])
-<<<<<<< HEAD
         missing = {f.name for f in dataclasses.fields(Config)} - set(own) - MAY_CHANGE_ON_RESUME
         require(not missing, f"{folder}/last.pt was written by an earlier train.py, which had no {flags(missing)}: go on with the "
                              f"commit that {folder}/run.json names, or start a new run with --out.")
-=======
-        new = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(Config) if f.name not in own.keys() | MAY_CHANGE_ON_RESUME]
-        require(not new, f"{folder}/last.pt was written by an earlier train.py, which had no {', '.join(new)}: go on with the "
-                f"commit that {folder}/run.json names, or start a new run with --out.")
->>>>>>> 425caac2c8467dc71f73a2b3bb35adaaf22fbbb2
         for name, value in given.items():
             require(name in MAY_CHANGE_ON_RESUME or value == own.get(name),
                     f"{typed(name, value)} differs from the run's own {typed(name, own.get(name))}: a resumed run keeps its "
