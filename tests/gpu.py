@@ -88,7 +88,7 @@ def missing_wheels(needed=None):
 
 
 def name_of(wheel):
-    """The package of a requirement: setuptools of `setuptools>=71,<81`."""
+    """The package of a requirement: setuptools of `setuptools>=71,<82`."""
     return re.split("[<>=]", wheel)[0]
 
 

@@ -975,7 +975,9 @@ def test_a_pair_that_cannot_be_read_is_copied_as_it_is_so_that_training_leaves_i
 def in_the_middle(root, into, number):
     """Unpack gta5, and stop the process by this signal when some pictures are there -> (exit status, its last line)."""
     # Each file takes its time, so that no machine is done before the signal comes.
-    slowly = ("import time, data; write = data._write; data.CORES = 2\n"
+    # A shell that starts the tests in the background has told its children to ignore Ctrl-C: not this one.
+    slowly = ("import signal, time, data; write = data._write; data.CORES = 2\n"
+              "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
               "def wait(file):\n    time.sleep(0.05)\n    return write(file)\n"
               "data._write = wait; data.main()")
     command = [sys.executable, "-c", slowly, "--unpack", "gta5", "--data-root", str(root), "--into", str(into)]

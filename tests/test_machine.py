@@ -227,6 +227,8 @@ def test_processes_with_and_without_a_gpu_cannot_train_together():
 @pytest.mark.parametrize("rank, local_rank, turn", [(0, "0", 0), (2, "0", 1), (1, "1", 2), (3, "1", 2)])
 def test_the_first_process_loads_then_one_of_every_machine_then_the_rest(rank, local_rank, turn, monkeypatch):
     events = []
+    assert machine.take_turns(rank, lambda: 7) == 7  # one process alone waits for nobody
+    monkeypatch.setattr(machine, "count_processes", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     monkeypatch.setattr(machine, "sum_over_processes", lambda x: events.append("wait") or x)
     assert machine.take_turns(rank, lambda: events.append("load") or 7) == 7
@@ -239,6 +241,7 @@ def test_a_process_that_cannot_load_does_not_let_the_others_wait(monkeypatch):
     def fail():
         raise UserError("no such CLIP.")
 
+    monkeypatch.setattr(machine, "count_processes", lambda: 2)
     monkeypatch.setattr(machine, "sum_over_processes", lambda x: told.append(x.item()) or x)
     with pytest.raises(UserError, match="no such CLIP"):
         machine.take_turns(0, fail)
