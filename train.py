@@ -578,9 +578,11 @@ def closing_words(config, results):
     """What came out, which picture to open first, and the next command to try."""
     if results["mean"] is not None:
         print(f"mean IoU over the unseen domains: {results['mean']:.1f} %")
-    pictures = [name for name in results["targets"] if results["targets"][name]["unseen"]]
+    pictures = [f"predictions_{name}.png" for name, row in results["targets"].items() if row["unseen"]]
+    if any(name.startswith("toy-") for name in config.source):  # drawn scenes know which of their labels are wrong
+        pictures.insert(0, "reliability.png")
     if config.figures and pictures:
-        print(f"the picture to open first: {os.path.join(config.out, f'predictions_{pictures[0]}.png')}")
+        print(f"the picture to open first: {os.path.join(config.out, pictures[0])}")
     print(f"next: the baseline with the same flags, `--method erm --out OTHER`; then both predictions side by side, `python figures.py "
           f"{config.out} --compare OTHER`; every term of the theorem, `python bound.py {config.out}`")
 
