@@ -209,7 +209,8 @@ def _start_prediction(score, image, shape, scale=1.0, size=None, height=0, slide
     prob, seen = None, image.new_zeros(height, width)
     for first in range(0, len(windows), together):
         group = windows[first:first + together]
-        views = torch.cat([image[here] for here in group])
+        # A batch is a copy. One window alone is a view: the whole picture is not held twice.
+        views = torch.cat([image[here] for here in group]) if len(group) > 1 else image[group[0]]
         parts = score(views).exp_()
         if flip:
             parts.add_(score(views.flip(3)).exp_().flip(3)).div_(2)
@@ -219,6 +220,7 @@ def _start_prediction(score, image, shape, scale=1.0, size=None, height=0, slide
         for here, part in zip(group, parts):
             prob[here] += part
             seen[here] += 1
+    del views, parts, part  # as large as the sum, where the picture is seen as a whole
     prob /= seen
     if tuple(prob.shape[2:]) != tuple(shape):
         prob = F.interpolate(prob, size=tuple(shape), mode="bilinear", align_corners=False)

@@ -221,6 +221,8 @@ def test_huge_pictures_are_thinned_before_they_are_drawn_and_scored_in_full(tmp_
     assert f"{(pred == label).mean():.0%} of the pixels are right" in drawn[0].get_suptitle()
     shown = [ax.images[0].get_array() for ax in drawn[0].axes[:4]]
     assert all(array.shape[:2] == (334, 534) for array in shown)
+    figures.figure_predictions(tmp_path / "whole.png", [dict(image=image, truth=label)], "by a caller who thins nothing")
+    assert all(ax.images[0].get_array().shape[:2] == (334, 534) for ax in drawn[1].axes)
 
 
 def test_the_embedding_keeps_the_chosen_cells_alone_and_asks_each_network_one_picture_at_a_time(run, net, otp, monkeypatch):
