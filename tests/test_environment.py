@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
@@ -62,6 +63,16 @@ def test_every_file_is_written_in_words_that_an_older_python_can_read(name):
 def test_the_readme_and_the_check_ask_for_the_same_python():
     asked = re.search(r"sys.version_info < \((\d+), (\d+)\)", read("data.py"))
     assert re.search(r"Python (\d+)\.(\d+) or newer", read("README.md")).groups() == asked.groups()
+
+
+@pytest.mark.parametrize("name", ["torch", "numpy", "Pillow", "matplotlib", "setuptools"])
+def test_what_is_installed_is_not_below_the_floor_that_was_tried(name):
+    floor = re.search(rf"^{name}>=([\d.]+)", read("requirements.txt"), re.M)[1]
+    assert numbers(metadata.version(name)) >= numbers(floor)
+
+
+def numbers(version):
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
 
 # ---------------------------------------------------------------------------------------------------------------- CLIP
