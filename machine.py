@@ -101,15 +101,16 @@ def precision(amp, device):
 def choose_threads(sources):
     """Let torch compute with one thread where the drawn world is the source, and else with all cores.
 
-    Crops of 96 pixels have small maps, so a second thread gains nothing, and on a busy machine threads wait for each
+    Crops of 96 pixels have small maps, so a second thread gains little, and on a busy machine threads wait for each
     other in every layer. Measured on two cores, seconds a step:
 
-                                    two loader processes     none
-        idle,          one thread   0.28                     0.41
-                       two          0.28                     0.31
-        load 13 to 17, one thread   1.9                      2.9
-                       two          over 15                  11
+                                           two loader processes     none
+        real-time priority,   one thread   0.28                     0.41
+                              two          0.28                     0.31
+        load 13 to 17,        one thread   1.9                      2.9
+                              two          stopped after 200 s      11 (one value)
 
+    Real-time priority stands in for an idle machine, which was not at hand. The drawn world uses two loader processes.
     Pictures of real data are large, and there threads pay.
     Whoever sets OMP_NUM_THREADS or MKL_NUM_THREADS has chosen, and keeps that number.
     """
