@@ -15,6 +15,8 @@ Shapes
     emb      (B, D, h, w)     unit norm over D; h = H / stride
     logits   (B, K, H/4, W/4) scores of the decoder; the caller resizes them to the label
 
+The last section reads CLIP's weights from a file, and refuses files that would be computed wrongly. It can be left out.
+
 Not here: text (prototypes.py), losses (align.py, ppar.py), the training of toy_clip.pt (toy_clip.py). `python model.py` prints
     ModifiedResNet     emb (2, 64, 8, 8)   CLIP's last layer is met
     VisionTransformer  emb (2, 64, 4, 4)   CLIP's last layer is met
@@ -68,188 +70,8 @@ except Exception as error:  # a foreign package may fail in any way
 TOY_CLIP = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy_clip.pt")  # the small CLIP of the drawn world
 Dense = namedtuple("Dense", "logits emb")  # what the network says about a batch of images; shapes as above
 
-# A file of weights tells all shapes. It does not tell the number of attention heads and the activation. With
-# wrong ones every tensor loads, and every embedding is wrong. All of OpenAI's CLIPs have heads of width 64 and
-# QuickGELU. So a file that has the towers of one of them is computed in that way.
-# Image tower: (width, blocks, patch; None for a ResNet). Text tower: (width, blocks).
-OPENAI = {
-    "RN50": ((64, (3, 4, 6, 3), None), (512, 12)),
-    "RN101": ((64, (3, 4, 23, 3), None), (512, 12)),
-    "RN50x4": ((80, (4, 6, 10, 6), None), (640, 12)),
-    "RN50x16": ((96, (6, 8, 18, 8), None), (768, 12)),
-    "RN50x64": ((128, (3, 15, 36, 10), None), (1024, 12)),
-    "ViT-B/32": ((768, 12, 32), (512, 12)),
-    "ViT-B/16": ((768, 12, 16), (512, 12)),
-    "ViT-L/14": ((1024, 24, 14), (768, 12)),  # ViT-L/14@336px has the same towers, for larger pictures
-}
-CONTEXT = 77  # the longest text, in tokens, of all of OpenAI's text towers
-VOCABULARY = 49408  # how many different tokens they know
-# A file with other towers has to say how it is computed, in one more tensor: named MARK, its bytes COMPUTED.
-MARK = "computed_as"
-COMPUTED = "clip.model.CLIP: QuickGELU, heads of width 64"
 
-
-def mark():
-    """What a file of our own making holds in addition to its weights: a dict to join to its state dict."""
-    return {MARK: torch.tensor(list(COMPUTED.encode()), dtype=torch.uint8)}
-
-
-def load_clip(name):
-    """A CLIP by name (`toy`, `RN50`, `ViT-B/16`, ...) or from a file -> (clip.model.CLIP, one line about it).
-
-    `toy` is the file TOY_CLIP. OpenAI's names go through clip.load: downloaded once into ~/.cache/clip, the hash checked.
-    A file is a TorchScript archive (as OpenAI ships) or a state dict. The shapes of the weights tell the architecture, and
-    a weight that is missing or left over is an error, never a silent random layer. Frozen, eval, on the CPU, float32.
-
-    UserError for a file that is damaged, of another format, or holds code; with a weight that is not finite; with a
-    text tower that cannot read the prompts; with towers that are neither OpenAI's nor marked.
-    """
-    path = TOY_CLIP if name == "toy" else name
-    on_hub = path in clip.available_models()
-    require(on_hub or os.path.isfile(path), f"--clip {path}: neither a file nor one of toy, {', '.join(clip.available_models())}.")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # TorchScript announces its retirement at every load
-            model, known = (clip.load(path, device="cpu")[0], "OpenAI's own file") if on_hub else _from_file(path)
-    except UserError:
-        raise
-    except Exception as error:  # network, disk, a damaged or foreign file: the user needs the reason and what to do
-        reason = " ".join(str(getattr(error, "reason", error)).split(". ")[0].split())[:300]  # torch goes on to advise carelessness
-        remedy = (f"Fetch {_MODELS[path]} elsewhere and put it into ~/.cache/clip, or pass its path with --clip." if on_hub
-                  else "Is it readable?" if isinstance(error, OSError) else FORMATS)
-        raise UserError(f"CLIP {path} cannot be loaded ({type(error).__name__}: {reason}). {remedy}") from None
-    for key, tensor in model.state_dict().items():
-        require(torch.isfinite(tensor).all(),
-                f"CLIP {path}: {key} holds weights that are inf or nan: fetch the file again.")
-    model = model.float().eval().requires_grad_(False)
-    return model, (f"CLIP {name}: {architecture(model.visual)['kind']}, joint width {model.text_projection.shape[1]}, "
-                   f"{len(model.state_dict())} tensors loaded, 0 missing, 0 left over; {known}")
-
-
-def _from_file(path):
-    """A TorchScript archive or a state dict, strictly -> (clip.model.CLIP, how activation and heads are known)."""
-    state = _read_weights(path)
-    _check_format(path, state)
-    stated = state.pop(MARK, None)
-    known = _check_towers(path, state, stated)
-    model = clip.model.build_model(state).float()  # it takes an archive's three sizes out of `state`,
-    model.load_state_dict(state)  # and builds in half precision, as OpenAI ships; hence once more
-    return model, known
-
-
-FORMATS = "It must be a TorchScript archive or a plain state dict in OpenAI's format."
-
-
-def _read_weights(path):
-    """What a file holds, on the CPU, in its own precision. A damaged file is refused, and one that holds code.
-
-    Both formats are zip archives, and such an archive holds a check sum of every part. torch does not look at them.
-    """
-    with open(path, "rb") as file:
-        head = file.read(64)
-    if not head.startswith(b"PK"):  # the first bytes of every zip archive
-        raise UserError(f"CLIP {path} {_explain_head(path, head)}")
-    try:
-        check_sums(path)
-    except Exception as error:  # zipfile meets a damaged file with many kinds of errors
-        raise UserError(f"CLIP {path} is damaged or not whole ({type(error).__name__}: {error}): "
-                        f"fetch it again.") from None
-    with zipfile.ZipFile(path) as archive:
-        scripted = any(part.endswith("constants.pkl") for part in archive.namelist())
-    if scripted:
-        return torch.jit.load(path, map_location="cpu").state_dict()
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)  # a pickle may hold code: refused, not run
-    except pickle.UnpicklingError:
-        raise UserError(f"CLIP {path} holds Python objects and not weights alone (a whole model?); nothing in it was "
-                        f"executed. Ask its maker for torch.save(model.state_dict(), ...).") from None
-
-
-def _explain_head(path, head):
-    """What a file is that is no zip archive, told by its first bytes, and what to do with it."""
-    if not head:
-        return "is empty: fetch it again."
-    if head[8:9] == b"{":  # eight bytes of length, then JSON
-        return ("is a safetensors file, which is not read here. Convert it, in Python: torch.save("
-                f"safetensors.torch.load_file({path!r}), 'new.pt'), and give --clip new.pt.")
-    if head.startswith(b"version https://git-lfs"):
-        return "is a pointer of Git LFS and not the weights themselves: fetch them, git lfs pull."
-    if head.startswith(b"\x80"):  # the first byte of a bare pickle
-        return ("is a pickle as torch wrote it before 1.6, without check sums: nobody would notice a flipped bit. "
-                "Nothing in it was executed. Write it anew, in Python: torch.save("
-                f"torch.load({path!r}), 'new.pt'), and give --clip new.pt.")
-    return f"is no archive of weights, it begins with {head[:16]!r}: fetch it again. {FORMATS}"
-
-
-def _check_format(path, state):
-    """Refuse what is no plain state dict with OpenAI's names, and say what makes it one."""
-    require(isinstance(state, dict) and state, f"CLIP {path} holds no state dict. {FORMATS}")
-    require(not {"arch", "otp", "optimizer"} <= set(state),
-            f"CLIP {path} is a checkpoint of train.py: --clip takes the CLIP that a run starts from.")
-    inner = [key for key in ("state_dict", "model_state_dict", "model") if isinstance(state.get(key), dict)]
-    names = [str(name) for name in (state[inner[0]] if inner else state)]
-    if inner or any(name.startswith("module.") for name in names):  # "module.": of several processes
-        part = f"[{inner[0]!r}]" if inner else ""
-        raise UserError(f"CLIP {path} is a checkpoint of a training run, not a plain state dict. Take the weights "
-                        f"out, in Python: torch.save({{k.removeprefix('module.'): v for k, v in "
-                        f"torch.load({path!r}){part}.items()}}, 'new.pt'), and give --clip new.pt.")
-    require(all(isinstance(tensor, torch.Tensor) for tensor in state.values()),
-            f"CLIP {path} holds other things than tensors. {FORMATS}")
-    for start, whose in FOREIGN_NAMES.items():
-        require(not any(name.startswith(start) for name in names),
-                f"CLIP {path} is in the format of {whose} ({start}...), which is not read here: give OpenAI's "
-                f"own by name, such as --clip ViT-B/16, or a file in OpenAI's format.")
-
-
-FOREIGN_NAMES = {  # how a name of a tensor begins, and who calls it so
-    "vision_model.": "Hugging Face's transformers",
-    "text.": "those CLIPs of open_clip that have another text tower than OpenAI's",
-    "visual.trunk.": "those CLIPs of open_clip that have an image tower of timm",
-}
-
-
-def _towers(state):
-    """(image tower, text tower) of a state dict, as the table OPENAI has them."""
-    def count(start):  # how many blocks have names that begin in this way
-        return len({name.removeprefix(start).split(".")[0] for name in state if name.startswith(start)})
-
-    text = (len(state["ln_final.weight"]), count("transformer.resblocks."))
-    if "visual.proj" in state:  # a ViT
-        width, _, patch, _ = state["visual.conv1.weight"].shape
-        return (width, count("visual.transformer.resblocks."), patch), text
-    stages = tuple(count(f"visual.layer{n}.") for n in (1, 2, 3, 4))
-    return (len(state["visual.layer1.0.conv1.weight"]), stages, None), text
-
-
-def _check_towers(path, state, stated):
-    """Refuse towers that nobody here can compute as they are meant -> a phrase that says how the way is known.
-
-    state: a state dict in OpenAI's format. stated: its mark, a tensor of bytes, or None.
-    """
-    context, vocabulary = len(state["positional_embedding"]), len(state["token_embedding.weight"])
-    tokens = clip.tokenize([template.format(name) for template in TEMPLATES for name in CLASSES])
-    longest = (tokens > 0).sum(dim=1).max().item()  # 0 fills the rest of a row
-    largest = tokens.max().item()  # the token that ends a text; its number is the largest of all
-    require(context >= longest and vocabulary > largest,
-            f"CLIP {path}: its text tower reads {context} tokens out of {vocabulary}, and the prompts have up to "
-            f"{longest} out of {largest + 1}. Give a CLIP with OpenAI's text tower ({CONTEXT} out of {VOCABULARY}).")
-    if stated is not None:
-        words = bytes(stated.tolist()).decode(errors="replace")
-        require(words == COMPUTED,
-                f"CLIP {path} is to be computed as `{words}`; only `{COMPUTED}` is known here.")
-        return "QuickGELU and heads of width 64, as the file says"
-
-    image, text = _towers(state)
-    alike = [name for name, towers in OPENAI.items() if towers == (image, text)]
-    if not alike or (context, vocabulary) != (CONTEXT, VOCABULARY):
-        width, blocks, patch = image
-        kind = f"ViT of patch {patch}" if patch else "ResNet"
-        raise UserError(f"CLIP {path} has not the towers of one of OpenAI's CLIPs (image: {kind}, width {width}, "
-                        f"{blocks} blocks; text: width {text[0]}, {text[1]} blocks, {context} tokens out of "
-                        f"{vocabulary}). A file does not tell the number of heads and the activation, so this one "
-                        f"cannot be computed as its maker meant: give one of "
-                        f"{', '.join(clip.available_models())}, or a file with its towers.")
-    return (f"towers of {alike[0]}: QuickGELU and heads of width 64 are assumed, as OpenAI's have "
-            f"(many of open_clip's have GELU, which no file tells)")
+# ------------------------------------------------------------------------------------------------------- dense encoder
 
 
 def architecture(visual):
@@ -437,6 +259,192 @@ class SegmentationNet(nn.Module):
         size = (image.shape[2] // 4, image.shape[3] // 4)
         x = torch.cat([F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in maps], dim=1)
         return Dense(self.classify(self.fuse(x)), emb)
+
+
+# --------------------------------------------------------------------------------------------- CLIP: from file to model
+
+# A file of weights tells all shapes. It does not tell the number of attention heads and the activation. With
+# wrong ones every tensor loads, and every embedding is wrong. All of OpenAI's CLIPs have heads of width 64 and
+# QuickGELU. So a file that has the towers of one of them is computed in that way.
+# Image tower: (width, blocks, patch; None for a ResNet). Text tower: (width, blocks).
+OPENAI = {
+    "RN50": ((64, (3, 4, 6, 3), None), (512, 12)),
+    "RN101": ((64, (3, 4, 23, 3), None), (512, 12)),
+    "RN50x4": ((80, (4, 6, 10, 6), None), (640, 12)),
+    "RN50x16": ((96, (6, 8, 18, 8), None), (768, 12)),
+    "RN50x64": ((128, (3, 15, 36, 10), None), (1024, 12)),
+    "ViT-B/32": ((768, 12, 32), (512, 12)),
+    "ViT-B/16": ((768, 12, 16), (512, 12)),
+    "ViT-L/14": ((1024, 24, 14), (768, 12)),  # ViT-L/14@336px has the same towers, for larger pictures
+}
+CONTEXT = 77  # the longest text, in tokens, of all of OpenAI's text towers
+VOCABULARY = 49408  # how many different tokens they know
+# A file with other towers has to say how it is computed, in one more tensor: named MARK, its bytes COMPUTED.
+MARK = "computed_as"
+COMPUTED = "clip.model.CLIP: QuickGELU, heads of width 64"
+
+
+def mark():
+    """What a file of our own making holds in addition to its weights: a dict to join to its state dict."""
+    return {MARK: torch.tensor(list(COMPUTED.encode()), dtype=torch.uint8)}
+
+
+def load_clip(name):
+    """A CLIP by name (`toy`, `RN50`, `ViT-B/16`, ...) or from a file -> (clip.model.CLIP, one line about it).
+
+    `toy` is the file TOY_CLIP. OpenAI's names go through clip.load: downloaded once into ~/.cache/clip, the hash checked.
+    A file is a TorchScript archive (as OpenAI ships) or a state dict. The shapes of the weights tell the architecture, and
+    a weight that is missing or left over is an error, never a silent random layer. Frozen, eval, on the CPU, float32.
+
+    UserError for a file that is damaged, of another format, or holds code; with a weight that is not finite; with a
+    text tower that cannot read the prompts; with towers that are neither OpenAI's nor marked.
+    """
+    path = TOY_CLIP if name == "toy" else name
+    on_hub = path in clip.available_models()
+    require(on_hub or os.path.isfile(path), f"--clip {path}: neither a file nor one of toy, {', '.join(clip.available_models())}.")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # TorchScript announces its retirement at every load
+            model, known = (clip.load(path, device="cpu")[0], "OpenAI's own file") if on_hub else _from_file(path)
+    except UserError:
+        raise
+    except Exception as error:  # network, disk, a damaged or foreign file: the user needs the reason and what to do
+        reason = " ".join(str(getattr(error, "reason", error)).split(". ")[0].split())[:300]  # torch goes on to advise carelessness
+        remedy = (f"Fetch {_MODELS[path]} elsewhere and put it into ~/.cache/clip, or pass its path with --clip." if on_hub
+                  else "Is it readable?" if isinstance(error, OSError) else FORMATS)
+        raise UserError(f"CLIP {path} cannot be loaded ({type(error).__name__}: {reason}). {remedy}") from None
+    for key, tensor in model.state_dict().items():
+        require(torch.isfinite(tensor).all(),
+                f"CLIP {path}: {key} holds weights that are inf or nan: fetch the file again.")
+    model = model.float().eval().requires_grad_(False)
+    return model, (f"CLIP {name}: {architecture(model.visual)['kind']}, joint width {model.text_projection.shape[1]}, "
+                   f"{len(model.state_dict())} tensors loaded, 0 missing, 0 left over; {known}")
+
+
+def _from_file(path):
+    """A TorchScript archive or a state dict, strictly -> (clip.model.CLIP, how activation and heads are known)."""
+    state = _read_weights(path)
+    _check_format(path, state)
+    stated = state.pop(MARK, None)
+    known = _check_towers(path, state, stated)
+    model = clip.model.build_model(state).float()  # it takes an archive's three sizes out of `state`,
+    model.load_state_dict(state)  # and builds in half precision, as OpenAI ships; hence once more
+    return model, known
+
+
+FORMATS = "It must be a TorchScript archive or a plain state dict in OpenAI's format."
+
+
+def _read_weights(path):
+    """What a file holds, on the CPU, in its own precision. A damaged file is refused, and one that holds code.
+
+    Both formats are zip archives, and such an archive holds a check sum of every part. torch does not look at them.
+    """
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if not head.startswith(b"PK"):  # the first bytes of every zip archive
+        raise UserError(f"CLIP {path} {_explain_head(path, head)}")
+    try:
+        check_sums(path)
+    except Exception as error:  # zipfile meets a damaged file with many kinds of errors
+        raise UserError(f"CLIP {path} is damaged or not whole ({type(error).__name__}: {error}): "
+                        f"fetch it again.") from None
+    with zipfile.ZipFile(path) as archive:
+        scripted = any(part.endswith("constants.pkl") for part in archive.namelist())
+    if scripted:
+        return torch.jit.load(path, map_location="cpu").state_dict()
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)  # a pickle may hold code: refused, not run
+    except pickle.UnpicklingError:
+        raise UserError(f"CLIP {path} holds Python objects and not weights alone (a whole model?); nothing in it was "
+                        f"executed. Ask its maker for torch.save(model.state_dict(), ...).") from None
+
+
+def _explain_head(path, head):
+    """What a file is that is no zip archive, told by its first bytes, and what to do with it."""
+    if not head:
+        return "is empty: fetch it again."
+    if head[8:9] == b"{":  # eight bytes of length, then JSON
+        return ("is a safetensors file, which is not read here. Convert it, in Python: torch.save("
+                f"safetensors.torch.load_file({path!r}), 'new.pt'), and give --clip new.pt.")
+    if head.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS and not the weights themselves: fetch them, git lfs pull."
+    if head.startswith(b"\x80"):  # the first byte of a bare pickle
+        return ("is a pickle as torch wrote it before 1.6, without check sums: nobody would notice a flipped bit. "
+                "Nothing in it was executed. Write it anew, in Python: torch.save("
+                f"torch.load({path!r}), 'new.pt'), and give --clip new.pt.")
+    return f"is no archive of weights, it begins with {head[:16]!r}: fetch it again. {FORMATS}"
+
+
+def _check_format(path, state):
+    """Refuse what is no plain state dict with OpenAI's names, and say what makes it one."""
+    require(isinstance(state, dict) and state, f"CLIP {path} holds no state dict. {FORMATS}")
+    require(not {"arch", "otp", "optimizer"} <= set(state),
+            f"CLIP {path} is a checkpoint of train.py: --clip takes the CLIP that a run starts from.")
+    inner = [key for key in ("state_dict", "model_state_dict", "model") if isinstance(state.get(key), dict)]
+    names = [str(name) for name in (state[inner[0]] if inner else state)]
+    if inner or any(name.startswith("module.") for name in names):  # "module.": of several processes
+        part = f"[{inner[0]!r}]" if inner else ""
+        raise UserError(f"CLIP {path} is a checkpoint of a training run, not a plain state dict. Take the weights "
+                        f"out, in Python: torch.save({{k.removeprefix('module.'): v for k, v in "
+                        f"torch.load({path!r}){part}.items()}}, 'new.pt'), and give --clip new.pt.")
+    require(all(isinstance(tensor, torch.Tensor) for tensor in state.values()),
+            f"CLIP {path} holds other things than tensors. {FORMATS}")
+    for start, whose in FOREIGN_NAMES.items():
+        require(not any(name.startswith(start) for name in names),
+                f"CLIP {path} is in the format of {whose} ({start}...), which is not read here: give OpenAI's "
+                f"own by name, such as --clip ViT-B/16, or a file in OpenAI's format.")
+
+
+FOREIGN_NAMES = {  # how a name of a tensor begins, and who calls it so
+    "vision_model.": "Hugging Face's transformers",
+    "text.": "those CLIPs of open_clip that have another text tower than OpenAI's",
+    "visual.trunk.": "those CLIPs of open_clip that have an image tower of timm",
+}
+
+
+def _towers(state):
+    """(image tower, text tower) of a state dict, as the table OPENAI has them."""
+    def count(start):  # how many blocks have names that begin in this way
+        return len({name.removeprefix(start).split(".")[0] for name in state if name.startswith(start)})
+
+    text = (len(state["ln_final.weight"]), count("transformer.resblocks."))
+    if "visual.proj" in state:  # a ViT
+        width, _, patch, _ = state["visual.conv1.weight"].shape
+        return (width, count("visual.transformer.resblocks."), patch), text
+    stages = tuple(count(f"visual.layer{n}.") for n in (1, 2, 3, 4))
+    return (len(state["visual.layer1.0.conv1.weight"]), stages, None), text
+
+
+def _check_towers(path, state, stated):
+    """Refuse towers that nobody here can compute as they are meant -> a phrase that says how the way is known.
+
+    state: a state dict in OpenAI's format. stated: its mark, a tensor of bytes, or None.
+    """
+    context, vocabulary = len(state["positional_embedding"]), len(state["token_embedding.weight"])
+    tokens = clip.tokenize([template.format(name) for template in TEMPLATES for name in CLASSES])
+    longest = (tokens > 0).sum(dim=1).max().item()  # 0 fills the rest of a row
+    largest = tokens.max().item()  # the token that ends a text; its number is the largest of all
+    require(context >= longest and vocabulary > largest,
+            f"CLIP {path}: its text tower reads {context} tokens out of {vocabulary}, and the prompts have up to "
+            f"{longest} out of {largest + 1}. Give a CLIP with OpenAI's text tower ({CONTEXT} out of {VOCABULARY}).")
+    if stated is not None:
+        words = bytes(stated.tolist()).decode(errors="replace")
+        require(words == COMPUTED,
+                f"CLIP {path} is to be computed as `{words}`; only `{COMPUTED}` is known here.")
+        return "QuickGELU and heads of width 64, as the file says"
+
+    image, text = _towers(state)
+    alike = [name for name, towers in OPENAI.items() if towers == (image, text)]
+    if not alike or (context, vocabulary) != (CONTEXT, VOCABULARY):
+        width, blocks, patch = image
+        kind = f"ViT of patch {patch}" if patch else "ResNet"
+        raise UserError(f"CLIP {path} has not the towers of one of OpenAI's CLIPs (image: {kind}, width {width}, "
+                        f"{blocks} blocks; text: width {text[0]}, {text[1]} blocks, {context} tokens out of "
+                        f"{vocabulary}). A file does not tell the number of heads and the activation, so this one "
+                        f"cannot be computed as its maker meant: give one of "
+                        f"{', '.join(clip.available_models())}, or a file with its towers.")
+    return (f"towers of {alike[0]}: QuickGELU and heads of width 64 are assumed, as OpenAI's have "
+            f"(many of open_clip's have GELU, which no file tells)")
 
 
 def _demo():

@@ -468,7 +468,7 @@ def train(config, state, rank, processes, device):
 def train_steps(config, state, rank, processes, device, progress):
     """The set-up and the loop of `train`."""
     start = progress.done
-    _, autocast, layout = checkpoint.precision(config.amp, device)
+    _, autocast, layout = machine.precision(config.amp, device)
     stream, names, module, network, optimizer = set_up(config, state, rank, processes, device, layout)
     loader = open_loader(stream, config, start, rank, processes, device)
     # closing: whatever ends the loop also ends the loader's processes, at once.
